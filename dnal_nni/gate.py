@@ -1,0 +1,127 @@
+"""The scaled-sigmoid gate of DNAL (arXiv 2103.02126), and the two ways in which a gate acts on a tensor.
+
+The paper's symbols: ``s`` architecture parameter, ``delta`` scale, ``g = sigmoid(delta * s)`` gate. As delta grows from
+1 to 1e4 the gate goes from soft to the unit step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GateState(Enum):
+    """What a gate does to its channels."""
+
+    TRANSPARENT = "transparent"  # g = 1: the weight phases
+    SOFT = "soft"  # g = sigmoid(delta * s): the architecture phase
+    HARD = "hard"  # g in {0, 1}: after the cut is decided
+
+
+class ScaledSigmoidGate(nn.Module):
+    """One gate of a coupled channel group: ``g = sigmoid(delta * s)``.
+
+    Args:
+        channels: number of units of the group (a unit is what can only be removed as one: usually one channel).
+        straight_through: in the soft state, pass dL/dg on to ``s`` unchanged instead of ``dL/dg * delta * g * (1 - g)``.
+            The value of ``g`` is the same; saturated gates keep receiving a gradient, so that a closed one can reopen.
+
+    Attributes:
+        s: parameter ``[channels]``, float32, trainable only inside a search.
+        delta: 0-d buffer. A tensor, so that a compiled model is not compiled again as it grows.
+        mask: bool buffer ``[channels]``, used in the hard state.
+        state: a :class:`GateState`.
+    """
+
+    delta: Tensor
+    mask: Tensor
+
+    def __init__(self, channels: int, *, straight_through: bool = False) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.register_buffer("delta", torch.ones(()))
+        self.register_buffer("mask", torch.ones(channels, dtype=torch.bool))
+        self.straight_through = straight_through
+        self.state = GateState.TRANSPARENT
+
+    def forward(self) -> Tensor:
+        """``g``, shape ``[channels]``, dtype and device of ``s``."""
+        if self.state is GateState.TRANSPARENT:
+            return torch.ones_like(self.s)
+        if self.state is GateState.HARD:
+            return self.mask.to(self.s.dtype)
+        g = torch.sigmoid(self.delta * self.s)
+        if self.straight_through:
+            return g.detach() + (self.s - self.s.detach())
+        return g
+
+    def harden(self, keep: Tensor) -> None:
+        """Fix the gate to 1 where ``keep`` (bool ``[channels]``) is true and to 0 elsewhere."""
+        self.mask.copy_(keep)
+        self.state = GateState.HARD
+
+    def extra_repr(self) -> str:
+        return f"channels={self.s.numel()}, state={self.state.value}"
+
+
+class ChannelFactor(nn.Module):
+    """The factor of every channel of one tensor, from the gates of the groups that these channels belong to.
+
+    The gates are held by reference (in a tuple, so they are not submodules): one gate serves all layers of its group,
+    and ``copy.deepcopy`` of the model keeps that sharing inside the copy.
+
+    Args:
+        gates: the gates concerned.
+        index: int64 ``[C]``; channel ``c`` takes entry ``index[c]`` of ``cat(g of each gate, 1)``.
+    """
+
+    index: Tensor
+
+    def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor) -> None:
+        super().__init__()
+        self.gates = tuple(gates)
+        units = sum(gate.s.numel() for gate in self.gates)
+        self._identity = len(self.gates) == 1 and torch.equal(index.cpu(), torch.arange(units))
+        self.register_buffer("index", index, persistent=False)
+
+    def factor(self) -> Tensor | None:
+        """``[C]``, or None while every gate is transparent."""
+        if all(gate.state is GateState.TRANSPARENT for gate in self.gates):
+            return None
+        if self._identity:
+            return self.gates[0]()
+        one = self.gates[0].s.new_ones(1)
+        return torch.cat([*(gate() for gate in self.gates), one]).index_select(0, self.index)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChannelFactor:
+        # `model.to(device)` and `.double()` reach the gates through here
+        for gate in self.gates:
+            gate._apply(fn)
+        super()._apply(fn, recurse)
+        return self
+
+
+class AffineGate(ChannelFactor):
+    """Parametrization of a norm's weight or bias: ``g * norm(x)`` at no cost in activation memory."""
+
+    def forward(self, affine: Tensor) -> Tensor:
+        factor = self.factor()
+        return affine if factor is None else affine * factor.to(affine.dtype)
+
+
+class InputGate(ChannelFactor):
+    """Multiplies the input of a consumer, whose channels lie in dimension ``dim`` (from the end)."""
+
+    def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, dim: int) -> None:
+        super().__init__(gates, index)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor()
+        if factor is None:
+            return x
+        return x * factor.to(x.dtype).view(-1, *[1] * (-self.dim - 1))

@@ -1,0 +1,109 @@
+"""Physical removal: every tensor of a copy is cut once, from the union of what all groups drop."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .graph import Conv, whole_groups
+from .groups import ChannelGroup
+from .inject import detach, width
+
+Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
+
+
+def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
+    """A copy of ``model`` (gated or not) without gates and without the channels that ``keep`` drops.
+
+    ``model`` is not touched. requires_grad, dtype, device, memory format and train/eval state are carried over.
+
+    Args:
+        model: the model, with or without gates attached.
+        groups: its channel groups; frozen ones and those that ``keep`` does not name stay whole.
+        keep: by group name, bool ``[channels]``: what stays.
+    """
+    slim = copy.deepcopy(model)
+    detach(slim)
+    masks: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for group in groups:
+        if group.frozen is not None or group.name not in keep:
+            continue
+        dropped = ~keep[group.name].cpu()
+        if not dropped.any():
+            continue
+        for member in group.members:
+            if member.dim is not None:
+                parameter = slim.get_parameter(member.path)
+                mask = masks[member.path].setdefault("both", torch.ones(parameter.shape[member.dim], dtype=torch.bool))
+                masks[member.path]["dim"] = torch.tensor(member.dim)
+            else:
+                size = width(slim.get_submodule(member.path), member.side)
+                mask = masks[member.path].setdefault(member.side, torch.ones(size, dtype=torch.bool))
+            mask[member.channels[dropped[member.units]]] = False
+    for path, sides in masks.items():
+        if "dim" in sides:
+            owner, _, name = path.rpartition(".")
+            _cut(slim.get_submodule(owner), name, int(sides["dim"]), sides["both"])
+        else:
+            _cut_module(slim.get_submodule(path), sides)
+    return slim
+
+
+def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
+    """Keep the entries ``keep`` (bool) of one dimension of a parameter or buffer; None stays None."""
+    old = getattr(module, name, None)
+    if old is None or bool(keep.all()):
+        return
+    new = old.detach().index_select(dim, keep.nonzero().flatten().to(old.device))
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
+        new = new.contiguous(memory_format=torch.channels_last)
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    else:
+        setattr(module, name, new)
+
+
+def _cut_module(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
+    if isinstance(module, Conv):
+        _cut_conv(module, sides)
+    elif isinstance(module, nn.Linear):
+        for name, dim, side in (("weight", 0, "out"), ("bias", 0, "out"), ("weight", 1, "in")):
+            if side in sides:
+                _cut(module, name, dim, sides[side])
+        module.out_features, module.in_features = module.weight.shape
+    else:
+        keep = sides["both"]
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _cut(module, name, 0, keep)
+        left = int(keep.sum())
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = module.num_groups * left // module.num_channels
+            module.num_channels = left
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = left
+        else:
+            module.num_features = left  # type: ignore[assignment]
+
+
+def _cut_conv(conv: nn.modules.conv._ConvNd, sides: Mapping[str, Tensor]) -> None:
+    keep_out = sides.get("out", torch.ones(conv.out_channels, dtype=torch.bool))
+    keep_in = sides.get("in", torch.ones(conv.in_channels, dtype=torch.bool))
+    out_dim, in_dim = (1, 0) if conv.transposed else (0, 1)
+    groups = conv.groups
+    if groups == 1:
+        _cut(conv, "weight", out_dim, keep_out)
+        _cut(conv, "weight", in_dim, keep_in)
+    else:
+        # the weight of a grouped convolution has all channels in dimension 0 and one group's in dimension 1
+        first, second = (keep_in, keep_out) if conv.transposed else (keep_out, keep_in)
+        _cut(conv, "weight", 0, first)
+        if whole_groups(conv):
+            groups = int(keep_in.view(groups, -1).any(1).sum())
+        else:
+            _cut(conv, "weight", 1, second.view(groups, -1)[0])
+    _cut(conv, "bias", 0, keep_out)
+    conv.in_channels, conv.out_channels, conv.groups = int(keep_in.sum()), int(keep_out.sum()), groups
