@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch_pruning import ops
 
 from .graph import Conv, CouplingGraph, Norm, Side, Vertex, whole_groups
@@ -192,6 +193,10 @@ def _frozen_units(graph: CouplingGraph) -> dict[int, str]:
         if isinstance(module, nn.Module) and not isinstance(module, (Conv, nn.Linear, *Norm, nn.PReLU)):
             if graph.path(node) is not None and next(module.parameters(), None) is not None:
                 freeze(vertex, f"{type(module).__name__} {where} mixes its channels, or cannot be cut")
+        if isinstance(module, nn.Module) and parametrize.is_parametrized(module):
+            freeze(vertex, f"the weight of {where} is computed from other tensors (parametrized)")
+        elif graph.two_sided(node) and "weight" not in module._parameters:
+            freeze(vertex, f"the weight of {where} is not a parameter (weight norm, or a wrapper)")
         if graph.path(node) in shared:
             freeze(vertex, f"the weights of {where} are tied to another layer")
         if vertex.side == "in" and node.inputs:

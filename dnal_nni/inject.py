@@ -73,12 +73,18 @@ def _index(
 def detach(model: nn.Module) -> None:
     """Take every gate off. What the gates did is not folded in: the model computes its ungated function again."""
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
-                if any(isinstance(p, AffineGate) for p in module.parametrizations[name]):  # type: ignore[index, union-attr]
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        if parametrize.is_parametrized(module) and _is_gated(module):
+            # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
+            parametrizations = module._modules.pop("parametrizations")
+            module.__class__ = type(module).__bases__[0]
+            for name, chain in parametrizations.items():  # type: ignore[operator, union-attr]
+                module.register_parameter(name, chain.original)
         if _INPUT_GATE in module._modules:
             delattr(module, _INPUT_GATE)
             for key, hook in list(module._forward_pre_hooks.items()):
                 if hook is _gate_input:
                     del module._forward_pre_hooks[key]
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return any(isinstance(child, AffineGate) for child in module.parametrizations.modules())  # type: ignore[union-attr]

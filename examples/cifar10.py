@@ -18,25 +18,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from cifar_models import MODELS
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torchvision.datasets import CIFAR10, ImageFolder
 from tqdm.auto import tqdm
 
+from cifar_data import Images, batches_per_epoch, load_images, normalised, training_batches
+from cifar_models import MODELS
+
 STAGES = ("train", "search", "finetune")
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images, RGB
 RECALIBRATION_BATCHES = 50
 
-# What a stage depends on: a checkpoint is only taken up by a run that asks for the same.
+# What the result of a stage depends on: a checkpoint is only taken up by a run that asks for the same.
 TRAIN_SETTINGS = ("model", "width", "epochs", "lr", "batch_size", "train_subset", "seed", "precision")
 SEARCH_SETTINGS = (*TRAIN_SETTINGS, "flops", "search_epochs", "search_lr")
 FINETUNE_SETTINGS = (*SEARCH_SETTINGS, "finetune_epochs", "finetune_lr")
@@ -74,72 +73,6 @@ def parse_args() -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: decoded once into one uint8 tensor, augmented a whole batch at a time.
-
-
-class Images(NamedTuple):
-    pixels: Tensor  # uint8 [images, 32, 32, 3]
-    labels: Tensor  # int64 [images]
-    classes: int
-
-    def to(self, device: str) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
-
-
-def load_images(root: Path, train: bool, subset: int, download: bool) -> Images:
-    """Decode one split; `subset` > 0 takes that many images, the same ones every time."""
-    split = "train" if train else "test"
-    source: CIFAR10 | ImageFolder
-    if download or (root / CIFAR10.base_folder).is_dir():
-        source = CIFAR10(str(root), train, download=download)
-    elif (root / split).is_dir():
-        source = ImageFolder(str(root / split))
-    else:
-        raise SystemExit(f"--data {root}: neither {split}/ nor {CIFAR10.base_folder}/ is there (or pass --download)")
-    labels = torch.tensor(source.targets)
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: subset or None]
-    pixels = torch.empty(len(chosen), 32, 32, 3, dtype=torch.uint8)
-    for row, index in enumerate(tqdm(chosen.tolist(), desc=f"decode {split}", leave=False)):
-        image = np.array(source[index][0])
-        if image.shape != (32, 32, 3):
-            raise SystemExit(f"--data {root}: image {index} of {split}/ is {image.shape}, expected (32, 32, 3)")
-        pixels[row] = torch.from_numpy(image)
-    return Images(pixels, labels[chosen], len(source.classes))
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 [n, 32, 32, 3] -> float32 [n, 3, 32, 32] in channels_last memory order."""
-    mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4, crop 32x32 at a random place, flip every second image or so; uint8 in and out."""
-    count, size = pixels.shape[:2]
-    top, left = torch.randint(0, 9, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < 0.5
-    steps = torch.arange(size)
-    rows = (top + steps).to(pixels.device)
-    columns = (left + torch.where(flip, steps.flip(0), steps)).to(pixels.device)
-    padded = F.pad(pixels, (0, 0, 4, 4, 4, 4))
-    images = torch.arange(count, device=pixels.device)
-    return padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def batches_per_epoch(images: Images, args: argparse.Namespace) -> int:
-    return max(1, len(images.labels) // args.batch_size)  # the incomplete last batch is dropped
-
-
-def training_batches(images: Images, stage: str, epoch: int, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch; its order and crops depend on (seed, stage, epoch) alone, so a resumed run is the same run."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_000 + STAGES.index(stage) * 10_000 + epoch)
-    order = torch.randperm(len(images.labels), generator=generator)
-    for step in range(batches_per_epoch(images, args)):
-        chosen = order[step * args.batch_size : (step + 1) * args.batch_size].to(images.labels.device)
-        yield normalised(augmented(images.pixels[chosen], generator)), images.labels[chosen]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -172,7 +105,12 @@ def evaluate(model: nn.Module, images: Images, args: argparse.Namespace) -> floa
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
     torch.manual_seed(args.seed)
-    return MODELS[args.model](classes, args.width).to(args.device, memory_format=torch.channels_last)
+    return MODELS[args.model](classes, args.width).to(args.device).to(memory_format=torch.channels_last)
+
+
+def epoch_seed(stage: str, epoch: int, args: argparse.Namespace) -> int:
+    """Every epoch draws its own order and crops, whatever ran before it: so a resumed run is the same run."""
+    return int(args.seed) * 1_000_000 + STAGES.index(stage) * 10_000 + epoch
 
 
 def settings_of(stage: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -214,11 +152,11 @@ def fit(model: nn.Module, train: Images, test: Images, stage: str, args: argpars
         state = saved
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    per_epoch = batches_per_epoch(train, args)
+    per_epoch = batches_per_epoch(train, args.batch_size)
     for epoch in range(state["epoch"], epochs):
         start = time.perf_counter()
         model.train()
-        batches = training_batches(train, stage, epoch, args)
+        batches = training_batches(train, args.batch_size, epoch_seed(stage, epoch, args))
         bar = tqdm(batches, total=per_epoch, desc=f"{stage} {epoch + 1}/{epochs}", leave=False)
         for step, (images, labels) in enumerate(bar, start=epoch * per_epoch):
             for group in optimizer.param_groups:
@@ -244,53 +182,64 @@ def fit(model: nn.Module, train: Images, test: Images, stage: str, args: argpars
 # Search and cut
 
 
-def search_and_cut(train: Images, test: Images, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """Learn the widths of the trained network, cut it, recalibrate its norms; returns the small network and a record."""
-    from dnal_nni import Budget, DNALPruner, load_compressed, save_compressed
-
-    cut = args.out / "cut.safetensors"
-    state = load_checkpoint("search", args)
-    if state is not None:
-        return load_compressed(build(args, train.classes), cut), state
-
-    model = trained_model(train.classes, args)
-    optimizer = sgd(model, args.search_lr)
-    dummy_input = normalised(test.pixels[:1])
-    steps = args.search_epochs * batches_per_epoch(train, args)
-    start = time.perf_counter()
-    pruner = DNALPruner(model, [{"op_types": ["Conv2d"]}], dummy_input=dummy_input, budget=Budget(flops=args.flops))
-    with pruner.search(steps=steps, optimizer=optimizer) as search:
-        for epoch in range(args.search_epochs):
-            for images, labels in training_batches(train, "search", epoch, args):
-                with autocast(args):
-                    loss = F.cross_entropy(model(images), labels)
-                search.step(loss)
-    searched = time.perf_counter()
-    slim = pruner.speedup()
-    with autocast(args):
-        batches = training_batches(train, "search", args.search_epochs, args)
-        update_bn(itertools.islice(batches, RECALIBRATION_BATCHES), slim)
-    state = {
-        "settings": settings_of("search", args),
-        "seconds": searched - start,
-        "seconds_cut": time.perf_counter() - searched,
-        "accuracy_after_cut": evaluate(slim, test, args),
-        "report": pruner.report.to_dict(),
-    }
-    log(args, f"search {state['seconds']:.1f} s; right after the cut: test {state['accuracy_after_cut']:.2f} %")
-    write_whole(cut, lambda path: save_compressed(slim, path))
-    write_whole(args.out / "search.pt", lambda path: torch.save(state, path))
-    return slim, state
-
-
-def trained_model(classes: int, args: argparse.Namespace) -> nn.Module:
-    """The network as the train stage left it."""
+def trained_model(classes: int, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The network as the train stage left it, and that stage's checkpoint."""
     state = load_checkpoint("train", args)
     if state is None or state["epoch"] < args.epochs:
         raise SystemExit(f"{args.out / 'train.pt'} is missing or incomplete: run the train stage first")
     model = build(args, classes)
     model.load_state_dict(state["model"])
-    return model
+    return model, state
+
+
+def search_and_cut(train: Images, test: Images, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """Learn the trained network's widths, cut it, recalibrate its norms; returns the small network and a record."""
+    from dnal_nni import Budget, DNALPruner, load_compressed, save_compressed
+
+    cut = args.out / "cut.safetensors"
+    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "settings": settings_of("search", args)}
+    state = load_checkpoint("search", args) or state
+    if "report" in state:
+        return load_compressed(build(args, train.classes), cut), state
+
+    model, _ = trained_model(train.classes, args)
+    optimizer = sgd(model, args.search_lr)
+    dummy_input = normalised(test.pixels[:1])
+    pruner = DNALPruner(model, [{"op_types": ["Conv2d"]}], dummy_input=dummy_input, budget=Budget(flops=args.flops))
+    if state["epoch"] > 0:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        pruner.load_state_dict(state["pruner"])
+    steps = args.search_epochs * batches_per_epoch(train, args.batch_size)
+    with pruner.search(steps=steps, optimizer=optimizer) as search:
+        for epoch in range(state["epoch"], args.search_epochs):
+            start = time.perf_counter()
+            model.train()
+            for images, labels in training_batches(train, args.batch_size, epoch_seed("search", epoch, args)):
+                with autocast(args):
+                    loss = F.cross_entropy(model(images), labels)
+                search.step(loss)
+            state["epoch"], state["seconds"] = epoch + 1, state["seconds"] + time.perf_counter() - start
+            state["model"], state["optimizer"] = model.state_dict(), optimizer.state_dict()
+            state["pruner"] = pruner.state_dict()
+            write_whole(args.out / "search.pt", lambda path: torch.save(state, path))
+
+    start = time.perf_counter()
+    slim = pruner.speedup()
+    with autocast(args):
+        batches = training_batches(train, args.batch_size, epoch_seed("search", args.search_epochs, args))
+        update_bn(itertools.islice(batches, RECALIBRATION_BATCHES), slim)
+    save_compressed(slim, cut)
+    record = {
+        "settings": state["settings"],
+        "seconds": state["seconds"],
+        "seconds_cut": time.perf_counter() - start,
+        "accuracy_after_cut": evaluate(slim, test, args),
+        "report": pruner.report.to_dict(),
+    }
+    write_whole(args.out / "search.pt", lambda path: torch.save(record, path))
+    log(args, f"search {record['seconds']:.1f} s; right after the cut: test {record['accuracy_after_cut']:.2f} %")
+    return load_compressed(build(args, train.classes), cut), record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,31 +273,39 @@ def plot_widths(groups: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write_report(slim: nn.Module, search: dict[str, Any], finetune: dict[str, Any], test: Images, args: argparse.Namespace) -> None:
+def versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "torch-pruning", "fvcore", "nni")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def commit() -> str | None:
+    """The git commit this script stands at; None outside of a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def write_report(
+    slim: nn.Module, search: dict[str, Any], finetune: dict[str, Any], test: Images, args: argparse.Namespace
+) -> None:
     from dnal_nni import measure
 
-    train = load_checkpoint("train", args)
-    assert train is not None
+    dense, train = trained_model(test.classes, args)
     image = normalised(test.pixels[:1])
-    models = {"before": trained_model(test.classes, args), "after": slim}
+    models = {"before": dense, "after": slim}
     accuracy = {"before": train["accuracy"][-1], "after": [search["accuracy_after_cut"], *finetune["accuracy"]][-1]}
     latency = latencies_ms(models, image)
     report: dict[str, Any] = {}
     for name, model in models.items():
         size = measure(model, image)
-        report[name] = {
-            "flops": size.flops,
-            "params": size.params,
-            "accuracy": accuracy[name],
-            "latency_ms": latency[name],
-        }
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    gpu = args.device == "cuda"
+        report[name] = {"flops": size.flops, "params": size.params}
+        report[name] |= {"accuracy": accuracy[name], "latency_ms": latency[name]}
+        sizes = f"{size.flops / 1e6:8.2f} MFLOPs {size.params / 1e6:7.3f} M params"
+        log(args, f"{name:6} {sizes} {accuracy[name]:6.2f} % {latency[name]:6.2f} ms")
+    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     report |= {
         "accuracy_after_cut": search["accuracy_after_cut"],
         "max_abs_diff": search["report"]["max_abs_diff"],
-        "groups": search["report"]["groups"],
         "target": args.flops,
         "seconds": {
             "train": train["seconds"],
@@ -356,22 +313,16 @@ def write_report(slim: nn.Module, search: dict[str, Any], finetune: dict[str, An
             "cut": search["seconds_cut"],
             "finetune": finetune["seconds"],
         },
+        "groups": search["report"]["groups"],
+        "settings": finetune["settings"],
         "seed": args.seed,
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or None,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "nni", "fvcore")},
-        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "commit": commit(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else on_cpu,
     }
     write_whole(args.out / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     plot_widths(search["report"]["groups"], args.out / "widths.png")
-    for name in models:
-        row = report[name]
-        log(
-            args,
-            f"{name:6} {row['flops'] / 1e6:8.2f} MFLOPs {row['params'] / 1e6:7.3f} M params "
-            f"{row['accuracy']:6.2f} % {row['latency_ms']:6.2f} ms",
-        )
 
 
 def main() -> None:
@@ -390,9 +341,9 @@ def main() -> None:
     if "finetune" in args.stages:
         from dnal_nni import save_compressed
 
-        slim, search = search_and_cut(train, test, args)
+        slim, search = search_and_cut(train, test, args)  # the result of the search stage, where that was run
         finetune = fit(slim, train, test, "finetune", args)
-        write_whole(args.out / "slim.safetensors", lambda path: save_compressed(slim, path))
+        save_compressed(slim, args.out / "slim.safetensors")
         write_report(slim, search, finetune, test, args)
 
 

@@ -2,7 +2,7 @@
 
 ResNet: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2.
 VGG: Simonyan & Zisserman, arXiv 1409.1556, configuration D with batch norm, as ported to CIFAR by Liu & Deng (2015).
-MobileNetV2: Sandler et al., arXiv 1801.04381, table 2, with the first three strides that a 32x32 image cannot afford at 1.
+MobileNetV2: Sandler et al., arXiv 1801.04381, table 2, with the first two strides at 1: a 32x32 image is small enough.
 """
 
 from collections.abc import Callable
@@ -136,9 +136,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Stem at stride 1, 17 inverted residuals, 1x1 head of 1280 channels, mean pooling, one linear layer."""
 
-    def __init__(
-        self, plan: tuple[tuple[int, int, int, int], ...], num_classes: int = 10, width: float = 1.0
-    ) -> None:
+    def __init__(self, plan: tuple[tuple[int, int, int, int], ...], num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
         channels = scaled(32, width)
         layers: list[nn.Module] = [conv_bn(3, channels, 3, relu=nn.ReLU6(inplace=True))]

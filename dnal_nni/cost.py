@@ -1,0 +1,139 @@
+"""What a network costs: fvcore's count, and the same count as a differentiable function of the gates."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+from .graph import Conv, whole_groups
+from .groups import ChannelGroup
+from .inject import detach, width
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """Cost of one forward pass on one example input.
+
+    Attributes:
+        flops: fvcore's count for the whole batch of the input: one fused multiply-add is one flop.
+        params: number of parameters.
+    """
+
+    flops: int
+    params: int
+
+
+def _analysis(model: nn.Module, dummy_input: Any) -> FlopCountAnalysis:
+    model = copy.deepcopy(model).eval()
+    detach(model)
+    if isinstance(dummy_input, Mapping):
+        inputs: tuple[Any, ...] = tuple(dummy_input.values())
+    elif isinstance(dummy_input, (list, tuple)):
+        inputs = tuple(dummy_input)
+    else:
+        inputs = (dummy_input,)
+    analysis = FlopCountAnalysis(model, inputs)
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
+def measure(model: nn.Module, dummy_input: Any) -> Complexity:
+    """Count ``model`` with fvcore, in eval mode, on a copy. Gates are taken off first: they cost nothing once cut.
+
+    Args:
+        model: any module that runs on ``dummy_input``.
+        dummy_input: a tensor, a tuple or list of positional arguments, or a dict of arguments in positional order.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's remarks on the user's forward
+        flops = int(_analysis(model, dummy_input).total())
+    return Complexity(flops, sum(p.numel() for p in model.parameters()))
+
+
+class CostModel:
+    """FLOPs and parameters of the network as differentiable functions of all gates.
+
+    A layer costs ``dense cost * open fraction of its inputs * open fraction of its outputs``; the open fraction of a
+    tensor is the mean of the gates of its channels (1 for channels without a gate). At 0/1 gates this is fvcore's count
+    of the sliced network, but for operations outside of layers (functional pooling, attention), which stay constant.
+
+    Args:
+        model: the ungated model.
+        groups: its channel groups; those that are not frozen are the gates, in this order.
+        dummy_input: what ``measure`` counts.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any) -> None:
+        self.active = [g for g in groups if g.frozen is None]
+        self.sizes = [g.channels for g in self.active]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            analysis = _analysis(model, dummy_input)
+            flops_of = analysis.by_module()
+        self.dense = Complexity(int(flops_of[""]), sum(p.numel() for p in model.parameters()))
+
+        row_of: dict[tuple[str, str], int] = {}  # (path, side) -> row; row 0 is the constant 1
+        counts: dict[tuple[int, int], int] = defaultdict(int)  # (row, unit) -> channels
+        channels = [1]
+        offset = 0
+        for group in self.active:
+            for member in group.members:
+                key = (member.path, member.side)
+                if key not in row_of:
+                    row_of[key] = len(row_of) + 1
+                    if member.dim is not None:
+                        channels.append(model.get_parameter(member.path).shape[member.dim])
+                    else:
+                        channels.append(width(model.get_submodule(member.path), member.side))
+                units, number = np.unique(member.units.numpy(), return_counts=True)
+                for unit, n in zip(units, number):
+                    counts[row_of[key], offset + int(unit)] += int(n)
+            offset += group.channels
+        rows, units = (np.array(part, dtype=np.int64) for part in zip(*counts))
+        weight = np.array(list(counts.values()), dtype=np.float64) / np.array(channels)[rows]
+        self.rows, self.units, self.weight = torch.from_numpy(rows), torch.from_numpy(units), torch.from_numpy(weight)
+        gated = torch.zeros(len(channels), dtype=torch.float64).index_add_(0, self.rows, self.weight)
+        self.base = 1 - gated
+
+        terms: list[tuple[float, float, int, int]] = []  # flops, params, row a, row b
+        for path in {path for path, _ in row_of}:
+            a, b = row_of.get((path, "in"), 0), row_of.get((path, "out"), 0)
+            both = row_of.get((path, "both"), 0)
+            if path in dict(model.named_parameters()):
+                terms.append((0.0, model.get_parameter(path).numel(), both, 0))
+                continue
+            module = model.get_submodule(path)
+            flops = float(flops_of[path])
+            weights = {name: p.numel() for name, p in module.named_parameters(recurse=False)}
+            if isinstance(module, (Conv, nn.Linear)):
+                a = 0 if whole_groups(module) else a
+                terms.append((flops, weights["weight"], a, b))
+                terms.append((0.0, weights.get("bias", 0), b, 0))
+            else:
+                terms.append((flops, sum(weights.values()), both, 0))
+        self.flop_terms = torch.tensor([t[0] for t in terms], dtype=torch.float64)
+        self.param_terms = torch.tensor([t[1] for t in terms], dtype=torch.float64)
+        self.a, self.b = torch.tensor([t[2] for t in terms]), torch.tensor([t[3] for t in terms])
+        self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
+        self.param_rest = self.dense.params - float(self.param_terms.sum())
+
+    def _fractions(self, g: Tensor) -> Tensor:
+        share = self.weight.to(g) * g.index_select(0, self.units.to(g.device))
+        f = self.base.to(g).index_add(0, self.rows.to(g.device), share)
+        return f[self.a.to(g.device)] * f[self.b.to(g.device)]
+
+    def flops(self, g: Tensor) -> Tensor:
+        """Expected FLOPs, 0-d, at gates ``g``: all active groups' gates concatenated, float ``[units]``."""
+        return (self.flop_terms.to(g) * self._fractions(g)).sum() + self.flop_rest
+
+    def params(self, g: Tensor) -> Tensor:
+        """Expected number of parameters, 0-d, at gates ``g``."""
+        return (self.param_terms.to(g) * self._fractions(g)).sum() + self.param_rest

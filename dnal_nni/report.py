@@ -1,0 +1,120 @@
+"""What a compression did: a dataclass that prints as a table and exports as JSON, HTML and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+from typing import Any
+
+from .cost import Complexity
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupReport:
+    """One channel group: ``units`` before, ``kept`` after, ``frozen`` the reason why it was left whole."""
+
+    name: str
+    units: int
+    kept: int
+    site: str
+    layers: int
+    frozen: str | None
+
+
+@dataclasses.dataclass
+class Report:
+    """Before and after; ``accuracy`` and ``latency_ms`` are (before, after), filled in by whoever measured them.
+
+    Attributes:
+        target: the budget as a fraction of the dense cost, or None.
+        decided: fraction of the gates outside of [0.05, 0.95] at the end of the search, ahead of any threshold.
+        max_abs_diff: largest difference between hard-gated and sliced network (eval and train), in the model's dtype.
+        relative_diff: the same relative to the largest output, in float64 where the model runs in it.
+        history: step, delta and expected cost over the search.
+    """
+
+    before: Complexity
+    after: Complexity
+    groups: list[GroupReport]
+    target: float | None = None
+    objective: str | None = None
+    decided: float | None = None
+    max_abs_diff: float | None = None
+    relative_diff: float | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    accuracy: tuple[float, float] | None = None
+    latency_ms: tuple[float, float] | None = None
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, after / before), ready to print."""
+        rows = []
+        pairs: list[tuple[str, float, float, str]] = [
+            ("FLOPs (M)", self.before.flops / 1e6, self.after.flops / 1e6, ".3f"),
+            ("parameters (M)", self.before.params / 1e6, self.after.params / 1e6, ".4f"),
+        ]
+        if self.latency_ms is not None:
+            pairs.append(("latency (ms)", *self.latency_ms, ".2f"))
+        for name, before, after, form in pairs:
+            rows.append((name, f"{before:{form}}", f"{after:{form}}", f"{after / before:.1%}"))
+        if self.accuracy is not None:
+            change = self.accuracy[1] - self.accuracy[0]
+            rows.append(("accuracy (%)", f"{self.accuracy[0]:.2f}", f"{self.accuracy[1]:.2f}", f"{change:+.2f}"))
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"{'':16}{'before':>12}{'after':>12}{'':>10}"]
+        lines += [f"{name:16}{before:>12}{after:>12}{ratio:>10}" for name, before, after, ratio in self.rows()]
+        if self.target is not None:
+            lines.append(f"target: {self.target:.1%} of the {self.objective}")
+        if self.max_abs_diff is not None:
+            lines.append(f"max |gated - sliced|: {self.max_abs_diff:.1e} (eval and train mode)")
+        name_width = max([len(g.name) for g in self.groups], default=0) + 2
+        lines.append(f"\n{'channel group':{name_width}}{'before':>8}{'after':>8}")
+        for g in self.groups:
+            why = f"  left whole: {g.frozen}" if g.frozen else ""
+            lines.append(f"{g.name:{name_width}}{g.units:>8}{g.kept:>8}{why}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self) -> str:
+        """One self-contained page: the table, and a bar for every group's width."""
+        table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows())
+        widest = max([g.units for g in self.groups], default=1)
+        bars = "".join(
+            f"<tr><td>{html.escape(g.name)}</td><td>{g.kept} / {g.units}</td><td><div class=before "
+            f"style='width:{300 * g.units / widest:.0f}px'><div class=after style='width:{100 * g.kept / g.units:.1f}%'>"
+            f"</div></div></td><td>{html.escape(g.frozen or '')}</td></tr>"
+            for g in self.groups
+        )
+        style = (
+            "body{font:15px sans-serif;margin:2em}td,th{padding:2px 12px;text-align:left}"
+            ".before{background:#ddd}.after{background:#1f77b4;height:12px}"
+        )
+        return (
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>DNAL report</title><style>{style}</style>"
+            f"<h1>DNAL report</h1><table><tr><th><th>before<th>after<th></tr>{table}</table>"
+            f"<p>max |gated - sliced|: {self.max_abs_diff}</p><h2>Widths</h2><table>{bars}</table></html>"
+        )
+
+    def plot_widths(self, path: str | os.PathLike[str]) -> None:
+        """Bars of every group's width before and after, as a picture (needs matplotlib)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.0, 0.35 * len(self.groups)), 4), layout="constrained")
+        axes = figure.add_subplot(ylabel="channels")
+        places = range(len(self.groups))
+        axes.bar(places, [g.units for g in self.groups], color="lightgrey", label="before")
+        axes.bar(places, [g.kept for g in self.groups], color="tab:blue", label="after")
+        axes.set_xticks(places, [g.name for g in self.groups], rotation=90, fontsize=8)
+        axes.legend()
+        figure.savefig(path, dpi=120)

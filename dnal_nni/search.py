@@ -1,0 +1,274 @@
+"""The decoupled search: architecture steps that move the gates, weight steps that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .budget import Objective, gates, held_open, price
+from .errors import DNALError
+from .gate import GateState, ScaledSigmoidGate
+from .graph import Conv
+from .groups import ChannelGroup
+from .schedule import delta_paper, delta_per_step, ramp
+
+PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
+MOMENTUM = 0.9
+REACH = 1.0  # how far a steady task gradient of average size moves a score over a whole search
+
+
+def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
+    """Norm of each unit's weights over all layers of its group, divided by the group's mean: float64 ``[units]``."""
+    scores = []
+    for group in groups:
+        total = torch.zeros(group.channels, dtype=torch.float64)
+        for member in group.members:
+            module = None if member.dim is not None else model.get_submodule(member.path)
+            if not isinstance(module, (Conv, nn.Linear)):
+                continue
+            weight = module.weight.detach().double().cpu()
+            transposed = isinstance(module, Conv) and module.transposed
+            grouped = isinstance(module, Conv) and module.groups > 1
+            if grouped and member.side == "in":
+                continue
+            dim = 0 if (member.side == "out") != transposed or grouped else 1
+            squares = weight.pow(2).sum([d for d in range(weight.dim()) if d != dim])
+            if squares.numel() <= int(member.channels.max()):
+                continue
+            part = torch.zeros(group.channels, dtype=torch.float64)
+            part.index_add_(0, member.units, squares[member.channels])
+            total += part / part.mean().clamp(min=1e-30)
+        root = total.sqrt()
+        scores.append(root / root.mean().clamp(min=1e-30))
+    return torch.cat(scores)
+
+
+def _ungated(name: str) -> str:
+    """The name that a parameter has while no gate acts on it."""
+    return name.replace(".parametrizations", "").removesuffix(".original")
+
+
+class Search:
+    """A search over a fixed number of steps; use it as a context manager and call :meth:`step` after each forward.
+
+    With an ``objective``, a gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's
+    weights and then collects ``-dL/dg`` per unit of cost, and the price is set at every step so that the expected cost
+    follows a descent to the target. A gate thus closes when it is worth less, per cost, than what the budget can
+    afford, and reopens when it is worth more. Without one, it is the paper's search:
+    ``loss + lambda * sum sigmoid(s)``, SGD on ``s`` from 0, which leaves the final cost to lambda.
+
+    Args:
+        model: the gated model.
+        groups: the groups that have a gate.
+        gates: by group name, in the order of ``groups``.
+        steps: planned number of calls of :meth:`step`.
+        objective: what the search is held to, or None for the paper's.
+        lambda_: weight of the paper's regulariser.
+        optimizer: of the model's weights. If given, weights learn in every second step; otherwise they are frozen.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        gates: Mapping[str, ScaledSigmoidGate],
+        *,
+        steps: int,
+        objective: Objective | None,
+        lambda_: float,
+        optimizer: torch.optim.Optimizer | None = None,
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise DNALError(f"search(steps={steps!r}): must be a whole number >= 1")
+        self.model, self.objective, self.lambda_, self.steps = model, objective, lambda_, steps
+        self.gates = list(gates.values())
+        self.optimizer, self.progress = optimizer, progress
+        self.done = 0
+        self.history: list[dict[str, float]] = []
+        device = self.gates[0].s.device
+        self.score = torch.zeros(sum(g.channels for g in groups), dtype=torch.float64, device=device)
+        self.momentum = torch.zeros_like(self.score)
+        self.scale = torch.zeros((), dtype=torch.float64, device=device)
+        if objective is not None:
+            self.floor = objective.floor()
+            self.score = importance(model, groups).to(device)
+        self._trainable: list[nn.Parameter] = []
+        self.saved: dict[str, Tensor] = {}
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Search:
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradients = [p.grad for p in self._trainable]
+        if not self.saved:
+            self.saved = {_ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
+        self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=not self.progress)
+        for gate in self.gates:
+            gate.straight_through = self.objective is not None
+            gate.state = GateState.SOFT
+        self._set_gates()
+        self._choose_phase()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        for parameter, grad in zip(self._trainable, self._gradients):
+            parameter.requires_grad_(True)
+            parameter.grad = grad
+        for gate in self.gates:
+            gate.s.requires_grad_(False)
+            gate.s.grad = None
+            if error is not None:
+                gate.state = GateState.TRANSPARENT
+        if isinstance(error, DNALError):
+            self.restore()
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        # the gates' indices are not persistent: not in the state dict
+        return [(name, t) for name, t in self.model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model's weights and norm statistics the values that they had ahead of the first search."""
+        for name, tensor in self._tensors():
+            if _ungated(name) in self.saved:
+                tensor.copy_(self.saved[_ungated(name)])
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether the next step is a weight step."""
+        return self.optimizer is not None and self.done < self.steps and self.done % 2 == 1
+
+    def step(self, loss: Tensor) -> None:
+        """Backward of ``loss`` (0-d), then one architecture step, or one weight step where weights learn too.
+
+        Steps beyond the planned number change nothing.
+        """
+        if self.done >= self.steps:
+            return
+        if self.learns_weights:
+            assert self.optimizer is not None
+            self.optimizer.zero_grad()
+        self.penalised(loss).backward()
+        self.before_optimizer_step()
+        if self.learns_weights:
+            assert self.optimizer is not None
+            self.optimizer.step()
+        self.after_optimizer_step()
+
+    def penalised(self, loss: Tensor) -> Tensor:
+        """The loss of the coming step: with the paper's regulariser where there is no objective; an error if NaN."""
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise DNALError(
+                f"the loss is {loss.detach().mean().item()} at search step {self.done}: lower the learning rate, check "
+                "the data, or use float32; the model's weights have been put back"
+            )
+        if self.objective is not None or self.done >= self.steps:
+            return loss
+        return loss + self.lambda_ * torch.stack([torch.sigmoid(gate.s).sum() for gate in self.gates]).sum()
+
+    def before_optimizer_step(self) -> None:
+        """The architecture step, between a backward pass and the weights' own step."""
+        if self.learns_weights or self.done >= self.steps:
+            return
+        for parameter in self._trainable:
+            parameter.grad = None  # frozen: not even decay or momentum may move a weight
+        self.update()
+
+    def after_optimizer_step(self) -> None:
+        """Count the step."""
+        if self.done < self.steps:
+            self.advance()
+
+    def advance(self) -> None:
+        """Count a step, and prepare the gates and the phase of the next one."""
+        self.done += 1
+        if self.done < self.steps:
+            self._set_gates()
+        self._choose_phase()
+        self.bar.update()
+        if self.done % max(1, self.steps // 100) == 0 or self.done == self.steps:
+            g = torch.cat([gate().detach() for gate in self.gates]).double()
+            cost = float(self.objective.relative(g).mean()) if self.objective is not None else float(g.mean())
+            self.history.append({"step": self.done, "delta": float(self.gates[0].delta), "cost": cost})
+            self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
+
+    def _choose_phase(self) -> None:
+        for parameter in self._trainable:
+            parameter.requires_grad_(self.learns_weights)
+        for gate in self.gates:
+            gate.s.requires_grad_(not self.learns_weights)
+
+    # -- architecture steps -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One architecture step from the gradients in ``s.grad``."""
+        grads = [gate.s.grad if gate.s.grad is not None else torch.zeros_like(gate.s) for gate in self.gates]
+        grad = torch.cat(grads).double()
+        for gate in self.gates:
+            gate.s.grad = None
+        if self.objective is None:
+            self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
+            self.score.sub_(self.momentum, alpha=PAPER_LR)
+            return
+        g = torch.cat([gate().detach() for gate in self.gates]).double().requires_grad_()
+        with torch.enable_grad():
+            (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
+        worth = -grad / marginal.clamp(min=1e-12)  # loss saved per unit of cost
+        mean_square = worth.square().mean()
+        first = self.scale == 0
+        self.scale = torch.where(first, mean_square, 0.9 * self.scale + 0.1 * mean_square)
+        worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
+        self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
+        moves = self.steps if self.optimizer is None else self.steps / 2
+        self.score.add_(self.momentum, alpha=REACH / moves)
+
+    @torch.no_grad()
+    def _set_gates(self) -> None:
+        """delta and ``s`` for the coming step."""
+        if self.objective is None:
+            delta, s = delta_paper(self.done, self.steps), self.score
+        else:
+            delta = delta_per_step(self.done, self.steps)
+            held = held_open(self.score, self.objective.sizes, self.floor)
+            targets = self.objective.targets.to(self.score.device)
+            aims = torch.ones_like(targets) * 0.98
+            share = ramp(self.done, self.steps, 1.0, 0.0)
+            aims = targets + (aims - targets) * share
+            s = self.score - price(self.objective, self.score, delta, held, aims)[self.objective.owner.to(held.device)]
+            # held open: far enough on the open side
+            s = torch.where(held, s.clamp(min=6.0 / delta), s)
+        for gate, part in zip(self.gates, s.split([gate.s.numel() for gate in self.gates])):
+            gate.s.copy_(part)
+            gate.delta.fill_(delta)
+
+    @torch.no_grad()
+    def decided(self) -> float:
+        """Fraction of the gates outside of [0.05, 0.95]."""
+        g = torch.cat([torch.sigmoid(gate.delta * gate.s) for gate in self.gates])
+        return float(((g < 0.05) | (g > 0.95)).double().mean())
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, object]:
+        """What a search needs to go on: tensors and numbers only."""
+        tensors = {name: getattr(self, name).clone() for name in ("score", "momentum", "scale")}
+        return {"done": self.done, "steps": self.steps, "history": list(self.history), "saved": self.saved, **tensors}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take up a search of the same number of steps."""
+        if state["steps"] != self.steps:
+            raise DNALError(f"search(steps={self.steps}): the search to be resumed was planned for {state['steps']}")
+        for name in ("score", "momentum", "scale"):
+            getattr(self, name).copy_(state[name])
+        self.done, self.history = int(state["done"]), list(state["history"])  # type: ignore[call-overload]
+        self.saved = dict(state["saved"])  # type: ignore[call-overload]

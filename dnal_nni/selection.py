@@ -1,0 +1,101 @@
+"""NNI's ``config_list``, checked, and what it means for coupled channel groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import DNALError
+from .gate import ChannelFactor
+from .groups import ChannelGroup
+
+HONOURED = {
+    "op_types",
+    "op_names",
+    "op_names_re",
+    "exclude_op_types",
+    "exclude_op_names",
+    "exclude_op_names_re",
+    "sparse_ratio",
+    "exclude",  # NNI's older schema, which NNI translates
+    "sparsity",
+    "sparsity_per_layer",
+}
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise where a pruner cannot be put on this module."""
+    if not isinstance(model, nn.Module):
+        raise DNALError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise DNALError("the model has no parameters: there is nothing to prune")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module, and wrap it afterwards")
+    for name, module in model.named_modules():
+        if hasattr(module, "_nni_wrapper"):
+            raise DNALError(
+                f"{name} is already wrapped by another NNI compressor: call its unwrap_model() first"
+            )
+        if isinstance(module, ChannelFactor):
+            raise DNALError("the model already has gates of another DNALPruner: call its unwrap_model() first")
+
+
+def check_config(model: nn.Module, config_list: Any) -> None:
+    """Raise for a ``config_list`` that NNI would refuse without saying why, or that would select nothing."""
+    if not isinstance(config_list, Sequence) or isinstance(config_list, str) or not config_list:
+        raise DNALError(f"config_list={config_list!r}: give a list of dicts, for example [{{'op_types': ['Conv2d']}}]")
+    names = {name for name, _ in model.named_modules()}
+    types = {type(module).__name__ for module in model.modules()}
+    for i, config in enumerate(config_list):
+        if not isinstance(config, Mapping):
+            raise DNALError(f"config_list[{i}] is a {type(config).__name__}, not a dict")
+        for key in config:
+            if key not in HONOURED:
+                raise DNALError(
+                    f"config_list[{i}]: key {key!r} is not supported; use {', '.join(sorted(HONOURED - {'exclude'}))}"
+                )
+        if not {"op_types", "op_names", "op_names_re"} & set(config):
+            raise DNALError(f"config_list[{i}] selects nothing: add op_types, op_names or op_names_re")
+        for key in ("op_names", "exclude_op_names"):
+            for name in config.get(key, ()):
+                if name not in names:
+                    raise DNALError(
+                        f"config_list[{i}]: the model has no layer {name!r} ({key}); see [n for n, _ in "
+                        "model.named_modules()]"
+                    )
+        for name in config.get("op_types", ()):
+            if name not in types:
+                raise DNALError(f"config_list[{i}]: the model has no layer of type {name!r} (op_types)")
+        ratio = config.get("sparse_ratio")
+        if ratio is not None and not (isinstance(ratio, float) and 0 <= ratio < 1):
+            raise DNALError(f"config_list[{i}]: sparse_ratio={ratio!r} must be a float in [0, 1)")
+
+
+def select(groups: Sequence[ChannelGroup], selected: Mapping[str, float | None], norms: set[str]) -> dict[str, float]:
+    """Freeze the groups that the config does not select; the ratio of channels to remove for the others.
+
+    A group is selected where every layer that produces its channels is, or every norm that they pass: a layer that is
+    excluded or not selected keeps all its outputs. Of several ratios inside one group the smallest rules.
+
+    Args:
+        groups: their ``frozen`` is updated.
+        selected: by layer name, its sparse_ratio (None: none given).
+        norms: paths of all normalisation layers of the model.
+    """
+    ratios = {}
+    for group in groups:
+        if group.frozen is not None:
+            continue
+        through = [m.path for m in group.members if m.side == "both" and m.path in norms]
+        if all(p in selected for p in group.producers):
+            layers = list(group.producers)
+        elif through and all(p in selected for p in through):
+            layers = through
+        else:
+            missing = next(p for p in group.producers if p not in selected)
+            group.frozen = f"config_list does not select {missing}"
+            continue
+        ratios[group.name] = min((r for p in layers if (r := selected[p]) is not None), default=0.0)
+    return ratios
