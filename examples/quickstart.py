@@ -1,0 +1,148 @@
+"""Train a small residual CNN on scikit-learn's handwritten digits, halve its FLOPs, and compare.
+
+    python examples/quickstart.py --out out
+
+About a minute on two CPU cores; nothing is downloaded. Writes OUT/report.json and OUT/widths.png. Expect about 98 %
+accuracy before and after.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
+
+from dnal_nni import Budget, DNALPruner
+
+BATCH = 64
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, fan_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or fan_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(fan_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def network() -> nn.Module:
+    stem = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def batches(images: Tensor, labels: Tensor, epochs: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """All batches of some epochs, each image shifted by up to one pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(labels), generator=generator).split(BATCH)[:-1]:
+            dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
+            result.append((images[chosen].roll((dy, dx), (2, 3)), labels[chosen]))
+    return result
+
+
+def train(model: nn.Module, data: list[tuple[Tensor, Tensor]], lr: float, what: str) -> None:
+    """SGD with a one-cycle learning rate."""
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(data), pct_start=0.2)
+    model.train()
+    for images, labels in tqdm(data, desc=what, unit="step"):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return 100 * float((model.eval()(images).argmax(1) == labels).double().mean())
+
+
+@torch.no_grad()
+def latency_ms(models: list[nn.Module], images: Tensor) -> tuple[float, ...]:
+    """Median time of a forward pass of each model; they take turns."""
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(50):
+        for model, taken in zip(models, times):
+            start = time.perf_counter()
+            model.eval()(images)
+            taken.append(1000 * (time.perf_counter() - start))
+    return tuple(statistics.median(taken) for taken in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--flops", type=float, default=0.5, help="fraction of the FLOPs to keep")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    split = train_test_split(images, torch.tensor(digits.target), test_size=0.25, stratify=digits.target, random_state=0)
+    train_x, test_x, train_y, test_y = split
+
+    model = network()
+    train(model, batches(train_x, train_y, 25, args.seed), 0.1, "train")
+    before = accuracy(model, test_x, test_y)
+    dense = network()
+    dense.load_state_dict(model.state_dict())
+
+    pruner = DNALPruner(model, [{"op_types": ["Conv2d"]}], dummy_input=test_x[:2], budget=Budget(flops=args.flops))
+    data = batches(train_x, train_y, 15, args.seed + 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    with pruner.search(steps=len(data), optimizer=optimizer) as search:
+        for x, y in data:
+            search.step(F.cross_entropy(model(x), y))
+    slim = pruner.speedup()
+    update_bn(data[:20], slim)
+    train(slim, batches(train_x, train_y, 20, args.seed + 2), 0.05, "fine-tune")
+
+    report = pruner.report
+    report.accuracy = (before, accuracy(slim, test_x, test_y))
+    report.latency_ms = latency_ms([dense, slim], test_x)[:2]  # type: ignore[assignment]
+    print(report)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        name: {
+            "flops": size.flops,
+            "params": size.params,
+            "accuracy": report.accuracy[i],
+            "latency_ms": report.latency_ms[i],
+        }
+        for i, (name, size) in enumerate([("before", report.before), ("after", report.after)])
+    }
+    result |= {"max_abs_diff": report.max_abs_diff, "seconds": time.perf_counter() - start, "target": args.flops}
+    partial = args.out / "report.json.partial"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(partial, args.out / "report.json")
+    report.plot_widths(args.out / "widths.png")
+    print(f"\nwritten: {args.out / 'report.json'}, {args.out / 'widths.png'}")
+
+
+if __name__ == "__main__":
+    main()
