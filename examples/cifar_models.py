@@ -63,7 +63,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return self.relu(y + self.shortcut(x))
+        out: Tensor = self.relu(y + self.shortcut(x))
+        return out
 
 
 class ResNet(nn.Module):
@@ -90,7 +91,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.pool(x), 1))
+        out: Tensor = self.fc(torch.flatten(self.pool(x), 1))
+        return out
 
 
 class VGG(nn.Module):
@@ -112,7 +114,8 @@ class VGG(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.features(x), 1))
+        out: Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return out
 
 
 class InvertedResidual(nn.Module):
@@ -130,7 +133,8 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        out: Tensor = x + self.conv(x) if self.residual else self.conv(x)
+        return out
 
 
 class MobileNetV2(nn.Module):
@@ -153,7 +157,8 @@ class MobileNetV2(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        out: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        return out
 
 
 def resnet20(num_classes: int = 10, width: float = 1.0) -> ResNet:

@@ -1,0 +1,51 @@
+"""Networks that the tests share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # cifar_models is an example, not part of the package
+
+CONV = [{"op_types": ["Conv2d"]}]
+
+
+class Small(nn.Module):
+    """A residual block between two convolutions, on 8x8 images; 12 + 8 + 16 channels that can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(12)
+        self.conv1 = nn.Conv2d(12, 8, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.last = nn.Conv2d(12, 16, 3, 2, 1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        y = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(y)) + x)
+        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return Small()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    make = lambda: (torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 10, (8,), generator=generator))  # noqa: E731
+    return [make() for _ in range(8)]

@@ -1,0 +1,102 @@
+"""Gated equals sliced, and the cost model equals fvcore's count of the sliced network."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from cifar_models import MODELS
+from torch import nn
+
+from dnal_nni import measure
+from dnal_nni.cost import CostModel
+from dnal_nni.groups import find_groups
+from dnal_nni.slim import slim_copy
+from dnal_nni.verify import difference, hard_gated_copy, random_keep, verify_and_freeze
+
+ZOO = {
+    **{name: (lambda build=build: build(10, 1.0), 32) for name, build in MODELS.items()},
+    **{
+        name: (lambda name=name: getattr(torchvision.models, name)(weights=None), 64)
+        for name in ("resnet18", "resnet50", "densenet121", "efficientnet_b0")
+    },
+    "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(weights=None), 64),
+}
+
+
+def randomise_norms(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gated_equals_sliced_and_costs_what_the_model_says(name: str) -> None:
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build()
+    randomise_norms(model)
+    x = torch.randn(2, 3, size, size)
+    groups = find_groups(model, x)
+    assert [g.name for g in groups if g.frozen] == [groups[-1].name]  # the classifier alone stays whole
+    assert "returns" in (groups[-1].frozen or "")
+    cost = CostModel(model, groups, x)
+    model.double()
+    for seed in range(2):
+        keep = random_keep(groups, fraction=0.5, seed=seed)
+        slim = slim_copy(model, groups, keep)
+        _, gap = difference(hard_gated_copy(model, groups, keep), copy.deepcopy(slim), x.double())
+        assert gap < 1e-10
+        counted = measure(slim, x.double())
+        g = torch.cat([keep[group.name] for group in cost.active]).double()
+        assert float(cost.flops(g)) == pytest.approx(counted.flops, rel=1e-3)
+        assert float(cost.params(g)) == pytest.approx(counted.params, rel=1e-9)
+        assert counted.flops < 0.5 * cost.dense.flops
+
+
+class Sigmoid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.sigmoid(self.bn(self.a(x))))
+
+
+class ChannelMean(Sigmoid):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn(self.a(x)))
+        return self.b(y - y.mean(1, keepdim=True))
+
+
+class Reshape(Sigmoid):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn(self.a(x))
+        return self.b(y.view(x.shape[0], 8, *y.shape[2:]))
+
+
+@pytest.mark.parametrize(("model", "site", "frozen"), [(Sigmoid, "input", ""), (ChannelMean, "", "change the output"), (Reshape, "", "does not run")])
+def test_what_is_not_exact_moves_its_gate_or_is_left_whole(model: type[nn.Module], site: str, frozen: str) -> None:
+    torch.manual_seed(0)
+    net, x = model(), torch.randn(2, 3, 9, 9)
+    groups = find_groups(net, x)
+    assert groups[0].site == "norm" and groups[0].frozen is None
+    verify_and_freeze(net, groups, x, seconds=60)
+    if site:
+        assert groups[0].site == site and groups[0].frozen is None
+    else:
+        assert frozen in (groups[0].frozen or "")
+
+
+def test_state_is_carried_over(small: nn.Module, x: torch.Tensor) -> None:
+    small.to(memory_format=torch.channels_last).eval()
+    small.conv1.weight.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    groups = find_groups(small, x)
+    slim = slim_copy(small, groups, random_keep(groups))
+    assert not slim.training and not slim.conv1.weight.requires_grad and slim.conv2.weight.requires_grad
+    assert slim.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+    assert slim.conv1.in_channels == slim.stem.out_channels < 12
