@@ -16,8 +16,17 @@ from .errors import DNALError
 from .graph import Conv
 
 FORMAT = "dnal_nni/1"
-_SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels")
-_SIZES += ("num_groups", "num_parameters")
+_SIZES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_channels",
+    "num_groups",
+    "num_parameters",
+)
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -121,7 +130,8 @@ def _check_fit(model: nn.Module, path: Any, sizes: dict[str, dict[str, int]], te
             )
     have = _sizes(model)
     if sizes.keys() != have.keys():
-        raise DNALError(f"{path} does not fit the model: layer {min(sizes.keys() ^ have.keys())} is only in one of them")
+        odd = min(sizes.keys() ^ have.keys())
+        raise DNALError(f"{path} does not fit the model: layer {odd} is only in one of them")
     for layer, values in sizes.items():
         for name, value in values.items():
             if not isinstance(value, int) or not 0 < value <= have[layer].get(name, 0):

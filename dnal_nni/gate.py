@@ -27,8 +27,8 @@ class ScaledSigmoidGate(nn.Module):
 
     Args:
         channels: number of units of the group (a unit is what can only be removed as one: usually one channel).
-        straight_through: in the soft state, pass dL/dg on to ``s`` unchanged instead of ``dL/dg * delta * g * (1 - g)``.
-            The value of ``g`` is the same; saturated gates keep receiving a gradient, so that a closed one can reopen.
+        straight_through: in the soft state, pass dL/dg on to ``s`` instead of ``dL/dg * delta * g * (1 - g)``.
+            ``g`` has the same value; saturated gates keep receiving a gradient, so that a closed one can reopen.
 
     Attributes:
         s: parameter ``[channels]``, float32, trainable only inside a search.

@@ -187,7 +187,7 @@ class CouplingGraph:
         if isinstance(module, nn.GroupNorm):
             return int(module.num_channels)
         if isinstance(module, Norm):
-            return int(module.num_features)
+            return int(module.num_features)  # type: ignore[arg-type]
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
             return int(module.num_parameters)
         if isinstance(module, nn.LayerNorm):

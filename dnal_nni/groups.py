@@ -97,10 +97,11 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
         parts[frozenset(producers)].append(unit)
 
     groups = []
-    for producers, units in parts.items():
-        paths = sorted((graph.path(node_of[p]) or "" for p in producers), key=rank.__getitem__)
+    for shared_by, units in parts.items():
+        paths = sorted((graph.path(node_of[p]) or "" for p in shared_by), key=rank.__getitem__)
         keys = set().union(*(touching[unit] for unit in units))
-        vertices = sorted((graph.vertices[k] for k in keys), key=lambda v: (rank.get(graph.path(v.node) or "", -1), v.side))
+        vertices = [graph.vertices[key] for key in keys]
+        vertices.sort(key=lambda v: (rank.get(graph.path(v.node) or "", -1), graph.name(v.node), v.side))
         groups.append(_make_group(graph, paths, vertices, np.sort(np.asarray(units)), frozen, norm_sites))
     groups.sort(key=lambda group: (rank[group.producers[0]], _first_channel(group)))
     repeated = {g.name for g in groups if sum(h.name == g.name for h in groups) > 1}
@@ -207,6 +208,11 @@ def _frozen_units(graph: CouplingGraph) -> dict[int, str]:
     return frozen
 
 
+def _carries(size: int, width: int) -> bool:
+    """Whether an input of ``size`` channels brings the channels of a tensor of ``width``, and is not broadcast."""
+    return size > 1 if width > 1 else size > 0
+
+
 def _norm_sites(graph: CouplingGraph) -> dict[tuple[int, Side], frozenset[str] | None]:
     """For the input of every layer: the norms that a channel passes last on its way there.
 
@@ -221,7 +227,7 @@ def _norm_sites(graph: CouplingGraph) -> dict[tuple[int, Side], frozenset[str] |
         arriving = [
             sites.get(id(source))
             for source in node.inputs
-            if not isinstance(source.module, nn.Parameter) and (graph.vertex(source, "out").size > (width > 1))
+            if not isinstance(source.module, nn.Parameter) and _carries(graph.vertex(source, "out").size, width)
         ]
         through: frozenset[str] | None
         if not arriving:

@@ -468,8 +468,13 @@ class DNALPruner(Pruner):
         """
         return {
             "gates": {
-                name: {"s": g.s.detach().clone(), "delta": g.delta.clone(), "mask": g.mask.clone(), "state": g.state.value}
-                for name, g in self.gates.items()
+                name: {
+                    "s": gate.s.detach().clone(),
+                    "delta": gate.delta.clone(),
+                    "mask": gate.mask.clone(),
+                    "state": gate.state.value,
+                }
+                for name, gate in self.gates.items()
             },
             "search": self._search.state_dict() if self._search is not None else None,
             "keep": self._keep,
@@ -482,10 +487,9 @@ class DNALPruner(Pruner):
             different = sorted(set(gates) ^ set(self.gates)) or ["their order"]
             raise DNALError(f"load_state_dict: the gates are not those of this model ({different[0]})")
         for name, values in gates.items():
-            if values["s"].shape != self.gates[name].s.shape:
-                raise DNALError(
-                    f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {self.gates[name].s.numel()}"
-                )
+            here = self.gates[name].s.numel()
+            if tuple(values["s"].shape) != (here,):
+                raise DNALError(f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {here}")
         with torch.no_grad():
             for name, values in gates.items():
                 gate = self.gates[name]

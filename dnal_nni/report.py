@@ -92,8 +92,8 @@ class Report:
         widest = max([g.units for g in self.groups], default=1)
         bars = "".join(
             f"<tr><td>{html.escape(g.name)}</td><td>{g.kept} / {g.units}</td><td><div class=before "
-            f"style='width:{300 * g.units / widest:.0f}px'><div class=after style='width:{100 * g.kept / g.units:.1f}%'>"
-            f"</div></div></td><td>{html.escape(g.frozen or '')}</td></tr>"
+            f"style='width:{300 * g.units / widest:.0f}px'><div class=after "
+            f"style='width:{100 * g.kept / g.units:.1f}%'></div></div></td><td>{html.escape(g.frozen or '')}</td></tr>"
             for g in self.groups
         )
         style = (

@@ -17,6 +17,6 @@ def delta_paper(step: int, steps: int, epochs: int = 10) -> float:
 
 
 def ramp(step: int, steps: int, start: float, end: float, until: float = 0.6) -> float:
-    """Cubic descent from ``start`` to ``end`` over the first ``until`` of the search (Zhu & Gupta, arXiv 1710.01878)."""
+    """Cubic descent from ``start`` to ``end`` over the first ``until`` of a search (Zhu & Gupta, arXiv 1710.01878)."""
     progress = min(1.0, (step + 1) / max(until * steps, 1.0))
     return end + (start - end) * (1 - progress) ** 3

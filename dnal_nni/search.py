@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, gates, held_open, price
+from .budget import Objective, held_open, price
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv

@@ -21,7 +21,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|."""
 
 # what a forward pass of somebody else's module raises on channels that it did not expect
-FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+FORWARD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 _Dropout = nn.modules.dropout._DropoutNd
 

@@ -101,7 +101,8 @@ def main() -> None:
 
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    split = train_test_split(images, torch.tensor(digits.target), test_size=0.25, stratify=digits.target, random_state=0)
+    labels = torch.tensor(digits.target)
+    split = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
     train_x, test_x, train_y, test_y = split
 
     model = network()

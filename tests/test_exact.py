@@ -77,7 +77,10 @@ class Reshape(Sigmoid):
         return self.b(y.view(x.shape[0], 8, *y.shape[2:]))
 
 
-@pytest.mark.parametrize(("model", "site", "frozen"), [(Sigmoid, "input", ""), (ChannelMean, "", "change the output"), (Reshape, "", "does not run")])
+@pytest.mark.parametrize(
+    ("model", "site", "frozen"),
+    [(Sigmoid, "input", ""), (ChannelMean, "", "change the output"), (Reshape, "", "does not run")],
+)
 def test_what_is_not_exact_moves_its_gate_or_is_left_whole(model: type[nn.Module], site: str, frozen: str) -> None:
     torch.manual_seed(0)
     net, x = model(), torch.randn(2, 3, 9, 9)

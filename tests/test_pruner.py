@@ -208,7 +208,10 @@ BAD = {
     "unknown op name": (dict(config_list=[{"op_names": ["nope"]}]), "no layer 'nope'"),
     "unknown op type": (dict(config_list=[{"op_types": ["Conv9d"]}]), "no layer of type 'Conv9d'"),
     "unknown key": (dict(config_list=[{"op_types": ["Conv2d"], "gate": 1}]), "key 'gate' is not supported"),
-    "nothing selected": (dict(config_list=[{"op_types": ["Conv2d"], "exclude_op_types": ["Conv2d"]}]), "selects no layer"),
+    "nothing selected": (
+        dict(config_list=[{"op_types": ["Conv2d"], "exclude_op_types": ["Conv2d"]}]),
+        "selects no layer",
+    ),
     "nothing prunable": (dict(config_list=[{"op_types": ["Linear"]}]), "nothing in the model can be pruned.*stem"),
     "ratio": (dict(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 1.5}]), "sparse_ratio=1.5"),
     "input rejected": (dict(dummy_input=torch.randn(1, 3, 8, 8)), "rejects the dummy_input of shape"),
