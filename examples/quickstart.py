@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -45,9 +46,18 @@ class Block(nn.Module):
 
 
 def network() -> nn.Module:
-    stem = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    layers: dict[str, nn.Module] = {
+        "stem": nn.Conv2d(1, 16, 3, 1, 1, bias=False),
+        "bn": nn.BatchNorm2d(16),
+        "relu": nn.ReLU(),
+        "block1": Block(16, 16, 1),
+        "block2": Block(16, 32, 2),
+        "block3": Block(32, 64, 2),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "classifier": nn.Linear(64, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 def batches(images: Tensor, labels: Tensor, epochs: int, seed: int) -> list[tuple[Tensor, Tensor]]:
