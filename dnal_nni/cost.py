@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .graph import Conv, whole_groups
 from .groups import ChannelGroup
-from .inject import detach, width
+from .inject import detach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,7 @@ class CostModel:
                 key = (member.path, member.side)
                 if key not in row_of:
                     row_of[key] = len(row_of) + 1
-                    if member.dim is not None:
-                        channels.append(model.get_parameter(member.path).shape[member.dim])
-                    else:
-                        channels.append(width(model.get_submodule(member.path), member.side))
+                    channels.append(member.width)
                 units, number = np.unique(member.units.numpy(), return_counts=True)
                 for unit, n in zip(units, number):
                     counts[row_of[key], offset + int(unit)] += int(n)

@@ -26,6 +26,7 @@ from torch_pruning.dependency.graph import DependencyGraph
 
 Conv = nn.modules.conv._ConvNd
 Norm = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+Counted = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)  # hold no tensors, but fvcore counts them
 Side = Literal["out", "in", "both"]
 
 
@@ -94,6 +95,7 @@ class CouplingGraph:
         self.parameter_paths = {id(p): name for name, p in self.model.named_parameters()}
         self._trouble: dict[int, str] = {}
         self._outputs: set[Any] = set()
+        self._counted: dict[Any, str] = {}  # grad_fn -> path of the pooling module that made it
         self.nodes = self._trace(dummy_input)
         self.order = self._topological_order()
         self.vertices: dict[tuple[int, Side], Vertex] = {}
@@ -114,12 +116,19 @@ class CouplingGraph:
             self._outputs = {o.grad_fn for o in outputs}
             return outputs
 
+        def record(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                self._counted[output.grad_fn] = self.paths[module]
+
+        hooks = [m.register_forward_hook(record) for m in self.model.modules() if isinstance(m, Counted)]
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch-pruning warns of every op that it takes for element-wise
             nodes = graph._trace(self.model, dummy_input, forward, None)
             graph.module2node = nodes
             graph._build_dependency(nodes)
             self._map_indices(graph)
+        for hook in hooks:
+            hook.remove()
         return list(nodes.values())
 
     def _map_indices(self, graph: DependencyGraph) -> None:
@@ -282,7 +291,7 @@ class CouplingGraph:
         """Dotted path of a node's module or parameter in the model; None for an operation."""
         if isinstance(node.module, nn.Parameter):
             return self.parameter_paths.get(id(node.module))
-        return self.paths.get(node.module)
+        return self.paths.get(node.module) or self._counted.get(node.grad_fn)
 
     def name(self, node: Any) -> str:
         """Path of a module, or the name of the operation."""

@@ -27,6 +27,7 @@ class Member:
         side: "out" or "in" of a convolution or linear layer; "both" for layers that pass channels through.
         channels: int64 ``[n]``, channel indices of that layer.
         units: int64 ``[n]``, the unit of the group that each of these channels belongs to.
+        width: number of channels of that side of the layer, those of other groups included.
         dim: the channel dimension of a bare parameter; None for a module.
     """
 
@@ -34,6 +35,7 @@ class Member:
     side: Side
     channels: Tensor
     units: Tensor
+    width: int
     dim: int | None = None
 
 
@@ -144,6 +146,7 @@ def _make_group(
                 vertex.side,
                 torch.from_numpy(channels),
                 torch.tensor([number[u] for u in labels[channels]], dtype=torch.int64),
+                vertex.size,
                 vertex.node.pruning_dim if isinstance(vertex.node.module, nn.Parameter) else None,
             )
         )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .gate import AffineGate, InputGate, ScaledSigmoidGate
-from .graph import Conv
 from .groups import ChannelGroup, Member
 
 _INPUT_GATE = "dnal_input_gate"
@@ -20,15 +19,6 @@ _INPUT_GATE = "dnal_input_gate"
 def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # a global function and a submodule, not a closure: a copy of the model uses the copy's gates
     return (getattr(module, _INPUT_GATE)(args[0]), *args[1:])
-
-
-def width(module: nn.Module, side: str) -> int:
-    """Number of channels on one side of a layer."""
-    if isinstance(module, Conv):
-        return int(module.out_channels if side == "out" else module.in_channels)
-    if isinstance(module, nn.Linear):
-        return int(module.out_features if side == "out" else module.in_features)
-    return int(getattr(module, "num_features", 0) or getattr(module, "num_channels", 0))
 
 
 def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
@@ -45,13 +35,13 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 inputs[member.path].append((member, gates[group.name]))
     for path, sources in norms.items():
         norm = model.get_submodule(path)
-        involved, index = _index(width(norm, "both"), sources)
+        involved, index = _index(sources)
         for name in ("weight", "bias"):
             factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
             parametrize.register_parametrization(norm, name, factor)
     for path, sources in inputs.items():
         consumer = model.get_submodule(path)
-        involved, index = _index(width(consumer, "in"), sources)
+        involved, index = _index(sources)
         dim = -1 if isinstance(consumer, nn.Linear) else -(len(consumer.kernel_size) + 1)  # type: ignore[arg-type]
         weight = consumer.weight
         assert isinstance(weight, Tensor)
@@ -59,11 +49,9 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
         consumer.register_forward_pre_hook(_gate_input)
 
 
-def _index(
-    channels: int, sources: Sequence[tuple[Member, ScaledSigmoidGate]]
-) -> tuple[list[ScaledSigmoidGate], Tensor]:
+def _index(sources: Sequence[tuple[Member, ScaledSigmoidGate]]) -> tuple[list[ScaledSigmoidGate], Tensor]:
     offset = 0
-    index = torch.full((channels,), sum(gate.s.numel() for _, gate in sources))
+    index = torch.full((sources[0][0].width,), sum(gate.s.numel() for _, gate in sources))
     for member, gate in sources:
         index[member.channels] = member.units + offset
         offset += gate.s.numel()

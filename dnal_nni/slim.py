@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .graph import Conv, whole_groups
+from .graph import Conv, Counted, whole_groups
 from .groups import ChannelGroup
-from .inject import detach, width
+from .inject import detach
 
 Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
 
@@ -36,13 +36,9 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         if not dropped.any():
             continue
         for member in group.members:
+            mask = masks[member.path].setdefault(member.side, torch.ones(member.width, dtype=torch.bool))
             if member.dim is not None:
-                parameter = slim.get_parameter(member.path)
-                mask = masks[member.path].setdefault("both", torch.ones(parameter.shape[member.dim], dtype=torch.bool))
                 masks[member.path]["dim"] = torch.tensor(member.dim)
-            else:
-                size = width(slim.get_submodule(member.path), member.side)
-                mask = masks[member.path].setdefault(member.side, torch.ones(size, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
     for path, sides in masks.items():
         if "dim" in sides:
@@ -75,7 +71,7 @@ def _cut_module(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
             if side in sides:
                 _cut(module, name, dim, sides[side])
         module.out_features, module.in_features = module.weight.shape
-    else:
+    elif not isinstance(module, Counted):
         keep = sides["both"]
         for name in ("weight", "bias", "running_mean", "running_var"):
             _cut(module, name, 0, keep)
