@@ -70,7 +70,7 @@ class Report:
         if self.target is not None:
             lines.append(f"target: {self.target:.1%} of the {self.objective}")
         if self.max_abs_diff is not None:
-            exact = f"; relative to the output, in float64: {self.relative_diff:.1e}" if self.relative_diff is not None else ""
+            exact = "" if self.relative_diff is None else f"; relative, in float64: {self.relative_diff:.1e}"
             lines.append(f"max |gated - sliced|, eval and train mode: {self.max_abs_diff:.1e}{exact}")
         name_width = max([len(g.name) for g in self.groups], default=0) + 2
         lines.append(f"\n{'channel group':{name_width}}{'before':>8}{'after':>8}")
