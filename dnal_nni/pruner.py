@@ -129,7 +129,10 @@ class DNALPruner(Pruner):
         except FORWARD_ERRORS as error:
             what = f" of shape {tuple(self._dummy_input.shape)}" if isinstance(self._dummy_input, Tensor) else ""
             raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
-        groups = find_groups(model, self._dummy_input)
+        try:
+            groups = find_groups(model, self._dummy_input)
+        except FORWARD_ERRORS as error:
+            raise DNALError(f"torch-pruning cannot read the graph of {type(model).__name__}: {error}") from error
         selected: dict[str, float | None] = {}
         for name, spaces in self._target_spaces.items():
             given = [space.sparse_ratio for space in spaces.values() if space.sparse_ratio is not None]
