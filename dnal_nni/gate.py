@@ -125,3 +125,40 @@ class InputGate(ChannelFactor):
         if factor is None:
             return x
         return x * factor.to(x.dtype).view(-1, *[1] * (-self.dim - 1))
+
+
+class StatisticsGate(ChannelFactor):
+    """Normalises over the open channels only: mean and variance weighted by the gates, ``sum g x / sum g``.
+
+    At 0/1 gates these are the statistics of the cut layer.
+
+    Args:
+        axis: channel dimension of the norm's input, from the end.
+    """
+
+    def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, axis: int) -> None:
+        super().__init__(gates, index)
+        self.axis = axis
+
+    def forward(self, norm: nn.LayerNorm | nn.GroupNorm, x: Tensor, out: Tensor) -> Tensor:
+        """What ``norm`` gives for ``x``; ``out``, its own result, while every gate is transparent."""
+        factor = self.factor()
+        if factor is None:
+            return out
+        lifted = x if x.dtype == torch.float64 else x.float()
+        lifted = lifted.movedim(self.axis, 1 if x.dim() > 1 else 0)
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+        y = lifted.unflatten(1, (groups, -1)).flatten(3) if isinstance(norm, nn.GroupNorm) else lifted[:, None]
+        g = factor.to(y.dtype).view(groups, -1, *[1] * (y.dim() - 3))
+        over = [d for d in range(2, y.dim())] if isinstance(norm, nn.GroupNorm) else [2]
+        n = (g.expand(y.shape[1:]).sum([d - 1 for d in over], keepdim=True)) + 1e-12
+        mean = (g * y).sum(over, keepdim=True) / n
+        var = (g * (y - mean).square()).sum(over, keepdim=True) / n
+        y = (y - mean) * (var + norm.eps).rsqrt()
+        y = y.reshape(lifted.shape)
+        shape = [-1 if d == 1 else 1 for d in range(y.dim())]
+        if norm.weight is not None:
+            y = y * norm.weight.to(y.dtype).view(shape)
+        if norm.bias is not None:
+            y = y + norm.bias.to(y.dtype).view(shape)
+        return y.movedim(1, self.axis).to(out.dtype)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .gate import AffineGate, InputGate, ScaledSigmoidGate
+from .adapters import adapt, restore
+from .gate import AffineGate, InputGate, ScaledSigmoidGate, StatisticsGate
+from .graph import masked_statistics
 from .groups import ChannelGroup, Member
 
 _INPUT_GATE = "dnal_input_gate"
+_STATISTICS_GATE = "dnal_statistics_gate"
 
 
 def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -21,10 +24,17 @@ def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (getattr(module, _INPUT_GATE)(args[0]), *args[1:])
 
 
+def _mask_statistics(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    gated: Tensor = getattr(module, _STATISTICS_GATE)(module, args[0], output)
+    return gated
+
+
 def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
     """Let ``gates`` (by group name) act in ``model``, in place; its parameters stay the same objects."""
+    adapt(model)
     norms: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     inputs: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
+    statistics: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     for group in groups:
         if group.frozen is not None:
             continue
@@ -33,20 +43,32 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 norms[member.path].append((member, gates[group.name]))
             elif group.site == "input" and member.side == "in":
                 inputs[member.path].append((member, gates[group.name]))
+            if member.axis is not None and masked_statistics(model.get_submodule(member.path)):
+                statistics[member.path].append((member, gates[group.name]))
+    for path, sources in statistics.items():
+        norm = model.get_submodule(path)
+        involved, index = _index(sources)
+        axis = sources[0][0].axis
+        assert axis is not None
+        norm.add_module(_STATISTICS_GATE, StatisticsGate(involved, index, axis).to(_device(model)))
+        norm.register_forward_hook(_mask_statistics)
     for path, sources in norms.items():
         norm = model.get_submodule(path)
         involved, index = _index(sources)
         for name in ("weight", "bias"):
-            factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
-            parametrize.register_parametrization(norm, name, factor)
+            if getattr(norm, name) is not None:
+                factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
+                parametrize.register_parametrization(norm, name, factor)
     for path, sources in inputs.items():
         consumer = model.get_submodule(path)
         involved, index = _index(sources)
         dim = -1 if isinstance(consumer, nn.Linear) else -(len(consumer.kernel_size) + 1)  # type: ignore[arg-type]
-        weight = consumer.weight
-        assert isinstance(weight, Tensor)
-        consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(weight.device))
+        consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
         consumer.register_forward_pre_hook(_gate_input)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _index(sources: Sequence[tuple[Member, ScaledSigmoidGate]]) -> tuple[list[ScaledSigmoidGate], Tensor]:
@@ -67,11 +89,15 @@ def detach(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[0]
             for name, chain in parametrizations.items():  # type: ignore[operator, union-attr]
                 module.register_parameter(name, chain.original)
-        if _INPUT_GATE in module._modules:
-            delattr(module, _INPUT_GATE)
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if hook is _gate_input:
-                    del module._forward_pre_hooks[key]
+        for name, hooks, ours in (
+            (_INPUT_GATE, module._forward_pre_hooks, _gate_input),
+            (_STATISTICS_GATE, module._forward_hooks, _mask_statistics),
+        ):
+            if name in module._modules:
+                delattr(module, name)
+                for key in [key for key, hook in hooks.items() if hook is ours]:
+                    del hooks[key]
+    restore(model)
 
 
 def _is_gated(module: nn.Module) -> bool:

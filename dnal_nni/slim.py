@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .graph import Conv, Counted, whole_groups
+from .adapters import adapt
+from .bake import bake
+from .graph import Conv, Counted, Side, masked_statistics, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
 
@@ -28,7 +30,8 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
     """
     slim = copy.deepcopy(model)
     detach(slim)
-    masks: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    adapt(slim)
+    masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)
     for group in groups:
         if group.frozen is not None or group.name not in keep:
             continue
@@ -36,17 +39,32 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         if not dropped.any():
             continue
         for member in group.members:
-            mask = masks[member.path].setdefault(member.side, torch.ones(member.width, dtype=torch.bool))
-            if member.dim is not None:
-                masks[member.path]["dim"] = torch.tensor(member.dim)
+            mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
     for path, sides in masks.items():
-        if "dim" in sides:
+        if any(side == "size" for side, _ in sides):
+            _resize(slim, path, sides)
+        elif any(dim is not None for _, dim in sides):
             owner, _, name = path.rpartition(".")
-            _cut(slim.get_submodule(owner), name, int(sides["dim"]), sides["both"])
+            for (_, dim), mask in sides.items():
+                assert dim is not None
+                _cut(slim.get_submodule(owner), name, dim, mask)
         else:
-            _cut_module(slim.get_submodule(path), sides)
+            _cut_module(slim.get_submodule(path), {side: mask for (side, _), mask in sides.items()})
     return slim
+
+
+def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> None:
+    """Bring a number that a module keeps about its channels up to date."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    value = getattr(module, name)
+    for (_, position), mask in counts.items():
+        left = int(mask.sum())
+        value = left if position is None else type(value)(
+            left if i == position else entry for i, entry in enumerate(value)
+        )
+    setattr(module, name, value)
 
 
 def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
@@ -63,13 +81,16 @@ def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
         setattr(module, name, new)
 
 
-def _cut_module(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
+def _cut_module(module: nn.Module, sides: Mapping[Side, Tensor]) -> None:
+    bake(module)
     if isinstance(module, Conv):
         _cut_conv(module, sides)
     elif isinstance(module, nn.Linear):
-        for name, dim, side in (("weight", 0, "out"), ("bias", 0, "out"), ("weight", 1, "in")):
-            if side in sides:
-                _cut(module, name, dim, sides[side])
+        if "out" in sides:
+            _cut(module, "weight", 0, sides["out"])
+            _cut(module, "bias", 0, sides["out"])
+        if "in" in sides:
+            _cut(module, "weight", 1, sides["in"])
         module.out_features, module.in_features = module.weight.shape
     elif not isinstance(module, Counted):
         keep = sides["both"]
@@ -77,15 +98,18 @@ def _cut_module(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
             _cut(module, name, 0, keep)
         left = int(keep.sum())
         if isinstance(module, nn.GroupNorm):
-            module.num_groups = module.num_groups * left // module.num_channels
+            if not masked_statistics(module):
+                module.num_groups = module.num_groups * left // module.num_channels
             module.num_channels = left
+        elif isinstance(module, nn.LayerNorm):
+            module.normalized_shape = (left,)
         elif isinstance(module, nn.PReLU):
             module.num_parameters = left
         else:
             module.num_features = left  # type: ignore[assignment]
 
 
-def _cut_conv(conv: nn.modules.conv._ConvNd, sides: Mapping[str, Tensor]) -> None:
+def _cut_conv(conv: nn.modules.conv._ConvNd, sides: Mapping[Side, Tensor]) -> None:
     keep_out = sides.get("out", torch.ones(conv.out_channels, dtype=torch.bool))
     keep_in = sides.get("in", torch.ones(conv.in_channels, dtype=torch.bool))
     out_dim, in_dim = (1, 0) if conv.transposed else (0, 1)

@@ -1,0 +1,36 @@
+"""Modules whose forward keeps a size that a cut changes, and the same modules without it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) -> None:
+    """Let every module of class ``original`` run as ``replacement`` while it is gated, and once it is cut.
+
+    Args:
+        original: matched exactly, not its subclasses.
+        replacement: a subclass of it at module level, without an ``__init__`` of its own, that computes the same from
+            the same parameters, with every size read from tensors.
+    """
+    if not issubclass(replacement, original):
+        raise TypeError(f"{replacement.__name__} must be a subclass of {original.__name__}")
+    _REPLACEMENTS[original] = replacement
+
+
+def adapt(model: nn.Module) -> None:
+    """Give the modules of ``model`` their replacement classes, in place; parameters stay the same objects."""
+    for module in model.modules():
+        replacement = _REPLACEMENTS.get(type(module))
+        if replacement is not None:
+            module.__class__ = replacement
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`adapt`."""
+    originals = {replacement: original for original, replacement in _REPLACEMENTS.items()}
+    for module in model.modules():
+        if type(module) in originals:
+            module.__class__ = originals[type(module)]

@@ -1,0 +1,691 @@
+"""How channels flow through ATen operations: one rule for each kind of operation.
+
+A tensor carries *labels*: for every element the channel that it belongs to, in an array that has size 1 along the axes
+where the channel does not change (``[1, C, 1, 1]`` behind a convolution). Operations that only move elements are run on
+the labels themselves; a pointwise operation couples the channels that meet; one that mixes channels freezes them. An
+operation without a rule freezes everything that enters it: unknown is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .graph import CouplingGraph, Vertex, flatten_tensors
+
+Arrays = tuple[Tensor, ...]
+Site = frozenset[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Which channels a tensor's elements belong to.
+
+    Attributes:
+        shape: shape of the tensor.
+        arrays: int64 channel ids, each with the tensor's number of dimensions and size 1 or the tensor's along each;
+            -1: a fixed position. Usually one array; a bare parameter has one for each of its axes.
+        site: norms whose affine zeroes the channels, see :class:`~dnal_nni.graph.CouplingGraph`.
+    """
+
+    shape: torch.Size
+    arrays: Arrays
+    site: Site
+
+
+def axes_of(array: Tensor) -> tuple[int, ...]:
+    """The axes along which the channel changes."""
+    return tuple(i for i, n in enumerate(array.shape) if n > 1)
+
+
+def _compress(array: Tensor) -> Tensor:
+    for axis in range(array.dim()):
+        if array.shape[axis] > 1:
+            first = array.narrow(axis, 0, 1)
+            if array.stride(axis) == 0 or bool((array == first).all()):
+                array = first
+    return array
+
+
+class Flow:
+    """The labels of every tensor that is alive during a trace.
+
+    Args:
+        graph: receives the couplings.
+        leaf: labels of a parameter or buffer that an operation reads directly, None for any other tensor.
+        frame: path and class name of the module whose forward is running.
+    """
+
+    def __init__(
+        self, graph: CouplingGraph, leaf: Callable[[Tensor], Labels | None], frame: Callable[[], tuple[str, str]]
+    ) -> None:
+        self.graph = graph
+        self._leaf = leaf
+        self._frame = frame
+        self._labels: Any = WeakIdKeyDictionary()
+        self.stored_sizes: list[tuple[str, int, Tensor, int]] = []
+        """(module path, size, ids, axis): numbers that a forward passed to an operation, and the channels counted."""
+
+    # -- labels -------------------------------------------------------------------------------------------------------
+
+    def of(self, tensor: Any) -> Labels | None:
+        """Labels of a tensor, None where nothing in it can be removed."""
+        if not isinstance(tensor, Tensor):
+            return None
+        known: Labels | None = self._labels.get(tensor)
+        return known if known is not None else self._leaf(tensor)
+
+    def put(self, tensor: Any, arrays: Iterable[Tensor], site: Site) -> None:
+        """Label a new tensor. Arrays that nothing can be removed from are dropped."""
+        arrays = tuple(a for a in arrays if a.numel() > 1 and bool((a >= 0).any()))
+        if isinstance(tensor, Tensor):
+            if arrays:
+                self._labels[tensor] = Labels(tensor.shape, arrays, site)
+            else:
+                self._labels.pop(tensor, None)
+
+    def why(self, what: str) -> str:
+        """A reason, and the module in whose forward it lies."""
+        path, name = self._frame()
+        return f"{path + ': ' if path else ''}{what} in {name}.forward"
+
+    def freeze(self, labels: Labels | None, what: str) -> None:
+        """Keep every channel of a tensor."""
+        for array in labels.arrays if labels else ():
+            self.graph.freeze(array, self.why(what))
+
+    def parameter(self, array: Tensor) -> Vertex | None:
+        """The vertex of the bare parameter or buffer whose untouched labels ``array`` are."""
+        ids = array.reshape(-1)
+        return next(
+            (v for v in self.graph.vertices.values() if v.dim is not None and torch.equal(v.ids, ids)), None
+        )
+
+    def mix(self, labels: Labels | None, axes: Sequence[int], what: str) -> Arrays:
+        """The arrays behind an operation that combines all elements along ``axes``, which keep their size.
+
+        Channels that differ only along those axes are frozen; where they differ along others too, they are coupled
+        along ``axes``: whole slices may still go.
+        """
+        if labels is None:
+            return ()
+        axes = [axis % len(labels.shape) for axis in axes]
+        left = []
+        for array in labels.arrays:
+            mixed = [axis for axis in axes_of(array) if axis in axes]
+            if mixed and set(axes_of(array)) <= set(axes):
+                self.graph.freeze(array, self.why(what))
+                continue
+            if mixed:
+                first = array
+                for axis in mixed:
+                    first = first.narrow(axis, 0, 1)
+                self.graph.couple(first, array, self.why(what))
+                array = first
+            left.append(array)
+        return tuple(left)
+
+    def meet(self, operands: Sequence[tuple[Sequence[int], Arrays]], what: str) -> list[Tensor]:
+        """Arrays of the broadcast result of tensors, given as (shape, arrays): what meets is coupled.
+
+        An axis of full size without labels cannot be cut: channels that meet it are frozen.
+        """
+        rank = max(len(shape) for shape, _ in operands)
+        sizes = [(1,) * (rank - len(shape)) + tuple(shape) for shape, _ in operands]
+        aligned = [
+            [array.reshape((1,) * (rank - array.dim()) + array.shape) for array in arrays] for _, arrays in operands
+        ]
+        result: list[Tensor] = []
+        for i, arrays in enumerate(aligned):
+            for array in arrays:
+                axes = axes_of(array)
+                alive = True
+                for j, others in enumerate(aligned):
+                    if i == j or all(sizes[j][axis] == 1 for axis in axes):
+                        continue
+                    partners = [other for other in others if set(axes_of(other)) & set(axes)]
+                    if not partners:
+                        self.graph.freeze(array, self.why(what))
+                        alive = False
+                        break
+                    if j > i:
+                        for partner in partners:
+                            self.graph.couple(array, partner, self.why(what))
+                if alive and not any(set(axes_of(kept)) <= set(axes) for kept in result):
+                    result = [kept for kept in result if not set(axes) <= set(axes_of(kept))] + [array]
+        return result
+
+    def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
+        """Remember numbers among the arguments of an operation that count labelled positions of ``array``."""
+        given = {n for n in numbers if isinstance(n, int) and n > 1}
+        path = self._frame()[0]
+        for axis in axes_of(array):
+            if shape[axis] in given:
+                self.stored_sizes.append((path, shape[axis], array, axis))
+
+    # -- one operation ------------------------------------------------------------------------------------------------
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an ATen operation, and label what it returns."""
+        known = [t for t in flatten_tensors([args, list(kwargs.values())]) if self.of(t) is not None]
+        if not known:
+            return func(*args, **kwargs)
+        labels = [self.of(t) for t in flatten_tensors([args, list(kwargs.values())])]
+        name = func.overloadpacket.__name__
+        in_place = name.endswith("_") and not name.endswith("__")
+        rule = RULES.get(name.rstrip("_") if in_place else name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = pointwise
+        if rule in (pointwise, None) and in_place and isinstance(args[0], Tensor):
+            self._forget_sites(args[0])
+        zero = _zero_test(func, args, kwargs) if rule is pointwise and any(x and x.site for x in labels) else None
+        out = func(*args, **kwargs)
+        if rule is None:
+            for entering in labels:
+                self.freeze(entering, f"{name} mixes channels, or is not known,")
+        else:
+            rule(self, Operation(func, args, kwargs, out, labels, zero))
+        return out
+
+    def _forget_sites(self, changed: Tensor) -> None:
+        """After an in-place change of a part of a tensor, its norms no longer zero the channels of the whole."""
+        storage = changed.untyped_storage()
+        if storage.nbytes() == changed.numel() * changed.element_size():
+            return
+        for tensor, labels in list(self._labels.items()):
+            if labels.site is not None and tensor.untyped_storage().data_ptr() == storage.data_ptr():
+                self._labels[tensor] = dataclasses.replace(labels, site=None)
+
+
+@dataclasses.dataclass
+class Operation:
+    """One call of an ATen operation: arguments, result, labels of its tensors, which zeros pass (see `_zero_test`)."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    labels: list[Labels | None]
+    zero: Callable[[set[int]], bool] | None
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket.__name__).strip("_")
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operation's schema."""
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
+        return default
+
+    @property
+    def numbers(self) -> list[Any]:
+        return _flatten([self.args, list(self.kwargs.values())])
+
+
+def _flatten(x: Any) -> list[Any]:
+    return [z for y in x for z in _flatten(y)] if isinstance(x, (list, tuple)) else [x]
+
+
+Rule = Callable[[Flow, Operation], None]
+
+
+def _zero_test(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[set[int]], bool]:
+    """A test by evaluation: does the operation give 0 where these operands (numbers of its tensors) are 0?"""
+    tensors = list(flatten_tensors([args, list(kwargs.values())]))
+    copies = [t.detach().clone() if func.overloadpacket.__name__.endswith("_") else t for t in tensors]
+
+    def zero(which: set[int]) -> bool:
+        values = iter(torch.zeros_like(t) if i in which else t.clone() for i, t in enumerate(copies))
+
+        def replaced(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return next(values)
+            return type(x)(replaced(y) for y in x) if isinstance(x, (list, tuple)) else x
+
+        new_args = replaced(args)
+        out = func(*new_args, **{key: replaced(value) for key, value in kwargs.items()})
+        return all(not bool(t.any()) for t in flatten_tensors(out))
+
+    return zero
+
+
+def _site_of_pointwise(op: Operation) -> Site:
+    labelled = {i: x.site for i, x in enumerate(op.labels) if x is not None}
+    if op.zero is None:
+        return None
+    for i, site in labelled.items():
+        if site is not None and op.zero({i}):
+            return site
+    sites = list(labelled.values())
+    if len(sites) < 2 or any(site is None for site in sites) or not op.zero(set(labelled)):
+        return None
+    return frozenset().union(*(site for site in sites if site is not None))
+
+
+# -- rules ------------------------------------------------------------------------------------------------------------
+
+
+def pointwise(flow: Flow, op: Operation) -> None:
+    """Elements at the same place meet: activations, addition, multiplication, comparison, where."""
+    tensors = list(flatten_tensors([op.args, list(op.kwargs.values())]))
+    operands = [
+        (labels.shape if labels else tensor.shape, labels.arrays if labels else ())
+        for tensor, labels in zip(tensors, op.labels)
+    ]
+    arrays = flow.meet(operands, f"{op.name} meets a tensor whose channels are fixed")
+    site = _site_of_pointwise(op)
+    for out in flatten_tensors(op.out):
+        flow.put(out, arrays, site)
+
+
+def same(flow: Flow, op: Operation) -> None:
+    """The result has the labels of the first argument: copies, casts."""
+    labels = op.labels[0]
+    if labels is not None:
+        flow.put(op.out, labels.arrays, labels.site)
+
+
+def like(flow: Flow, op: Operation) -> None:
+    """A new tensor of the shape of the first: its channels come and go with those."""
+    labels = op.labels[0]
+    if labels is not None and isinstance(op.out, Tensor) and op.out.shape == labels.shape:
+        flow.put(op.out, labels.arrays, None)
+
+
+def move(flow: Flow, op: Operation) -> None:
+    """Elements change places only: the operation is run on the labels."""
+    labels = op.labels[0]
+    if labels is None:  # only an index is labelled
+        for other in op.labels:
+            flow.freeze(other, f"{op.name} indexes with channels")
+        return
+    outs = op.out if isinstance(op.out, (list, tuple)) else [op.out]
+    kept: list[list[Tensor]] = [[] for _ in outs]
+    for array in labels.arrays:
+        moved = op.func(array.expand(labels.shape), *op.args[1:], **op.kwargs)
+        for i, piece in enumerate(moved if isinstance(moved, (list, tuple)) else [moved]):
+            kept[i].append(_compress(piece))
+        flow.note_sizes(op.numbers, array, labels.shape)
+    for out, arrays in zip(outs, kept):
+        for array in arrays:
+            flow.note_sizes(op.numbers, array, out.shape)
+        flow.put(out, arrays, labels.site)
+
+
+def reshape(flow: Flow, op: Operation) -> None:
+    """Where an axis is split, only whole slices along one of its parts can go."""
+    labels = op.labels[0]
+    if labels is None:
+        return
+    arrays = []
+    for array in labels.arrays:
+        new = _compress(array.expand(labels.shape).reshape(op.out.shape))
+        arrays.append(new)
+        if len(axes_of(new)) > 1:
+            flow.graph.require_rectangle(new)
+        flow.note_sizes(op.numbers, new, op.out.shape)
+        flow.note_sizes(labels.shape, array, labels.shape)  # a forward often keeps the size of the axis that it splits
+    flow.put(op.out, arrays, labels.site)
+
+
+def pad(flow: Flow, op: Operation) -> None:
+    """Padding positions are fixed, and zero only if that is the value."""
+    labels = op.labels[0]
+    value = op.argument("value", 0.0)
+    if labels is not None:
+        arrays = [_compress(op.func(array.expand(labels.shape), op.args[1], -1)) for array in labels.arrays]
+        widths = list(op.args[1])
+        padded = {labels.shape.__len__() - 1 - i // 2 for i, width in enumerate(widths) if width}
+        # along a spatial axis the padding is no channel: it has no label of its own
+        free = [
+            a if padded & set(axes_of(array)) else array for a, array in zip(arrays, labels.arrays)
+        ]
+        flow.put(op.out, free, labels.site if value == 0 else None)
+
+
+def mirror_pad(flow: Flow, op: Operation) -> None:
+    """Reflection and replication padding of spatial axes."""
+    _windowed(flow, op, len(op.args[1]) // 2)
+
+
+def split(flow: Flow, op: Operation) -> None:
+    """Equal parts of the channels must stay equal: a forward unpacks a fixed number of them."""
+    move(flow, op)
+    labels = op.labels[0]
+    axis = op.argument("dim", 0)
+    size = op.argument("split_size") or op.argument("split_sizes")
+    if labels is None:
+        return
+    axis = axis % len(labels.shape)
+    for array in labels.arrays:
+        total = array.shape[axis]
+        if total > 1:
+            flow.note_sizes([total], array, labels.shape)
+            if isinstance(size, int) and size < total and total % size == 0:
+                parts = array.movedim(axis, 0).reshape(total // size, size, -1)
+                flow.graph.require_rectangle(parts, 1)
+
+
+def unbind(flow: Flow, op: Operation) -> None:
+    """The parts are counted by the forward: none of them can go, but the same slice of all of them can."""
+    labels = op.labels[0]
+    axis = op.argument("dim", 0)
+    if labels is None:
+        return
+    arrays = flow.mix(labels, [axis], f"{op.name} takes single channels")
+    outs = op.out if isinstance(op.out, (list, tuple)) else [op.out]
+    for out in outs:
+        flow.put(out, [array.select(axis, 0) for array in arrays], labels.site)
+
+
+def concat(flow: Flow, op: Operation) -> None:
+    """Channels side by side."""
+    _side_by_side(flow, op, list(op.args[0]), op.argument("dim", 0), lambda array: array)
+
+
+def stack(flow: Flow, op: Operation) -> None:
+    """Concat along a new axis."""
+    axis = op.argument("dim", 0) % (op.out.dim())
+    _side_by_side(flow, op, list(op.args[0]), axis, lambda array: array.unsqueeze(axis))
+
+
+def _side_by_side(
+    flow: Flow, op: Operation, tensors: list[Tensor], axis: int, form: Callable[[Tensor], Tensor]
+) -> None:
+    axis = axis % op.out.dim()
+    if len(op.labels) != len(tensors):
+        raise AssertionError(op.name)
+    several = [labels for labels in op.labels if labels is not None and len(labels.arrays) > 1]
+    for labels in several:
+        flow.freeze(labels, f"{op.name} of a tensor with several kinds of channels")
+    pieces = []
+    sites = []
+    shown = [form(x.arrays[0]) if x and len(x.arrays) == 1 else None for x in op.labels]
+    varying = {a for array in shown if array is not None for a in axes_of(array)} - {axis}
+    for tensor, labels, array in zip(tensors, op.labels, shown):
+        full = form(tensor).shape if array is None else form(torch.empty(labels.shape, device="meta")).shape  # type: ignore[union-attr]
+        if math.prod(full) == 0:
+            continue
+        wanted = [n if i == axis or i in varying else 1 for i, n in enumerate(full)]
+        pieces.append(torch.full(wanted, -1) if array is None else array.expand(wanted))
+        if labels is not None:
+            sites.append(labels.site)
+    if not pieces:
+        return
+    array = _compress(torch.cat(pieces, axis))
+    site = None if any(s is None for s in sites) else frozenset().union(*(s for s in sites if s is not None))
+    if len(axes_of(array)) > 1 and not any(x is None for x in shown):
+        flow.graph.require_rectangle(array)
+    flow.put(op.out, [array], site)
+
+
+def reduce(flow: Flow, op: Operation) -> None:
+    """Sums, means and extrema along axes."""
+    labels = op.labels[0]
+    if labels is None:
+        return
+    axes = op.argument("dim")
+    rank = len(labels.shape)
+    if axes is None or axes == []:
+        axes = list(range(rank))
+    axes = [a % rank for a in ([axes] if isinstance(axes, int) else axes)]
+    arrays = flow.mix(labels, axes, f"{op.name} runs over the channels")
+    zeros = {"sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "std", "var"}
+    site = labels.site if op.name in zeros else None
+    for out in flatten_tensors(op.out):
+        if out.dim() == rank:
+            flow.put(out, arrays, site)
+        else:
+            gone = [slice(None) if i not in axes else 0 for i in range(rank)]
+            flow.put(out, [array[tuple(gone)] for array in arrays], site)
+
+
+def along(flow: Flow, op: Operation) -> None:
+    """Softmax, cumulative sums, sorting: elements along one axis are combined, the shape stays."""
+    labels = op.labels[0]
+    if labels is not None:
+        arrays = flow.mix(labels, [op.argument("dim", -1)], f"{op.name} runs over the channels")
+        for out in flatten_tensors(op.out):
+            if out.shape == labels.shape:
+                flow.put(out, arrays, None)
+
+
+def _windowed(flow: Flow, op: Operation, spatial: int, keeps_zero: bool = True) -> None:
+    labels = op.labels[0]
+    for other in op.labels[1:]:
+        flow.freeze(other, f"{op.name} of two tensors")
+    if labels is not None:
+        axes = range(len(labels.shape) - spatial, len(labels.shape))
+        arrays = flow.mix(labels, list(axes), f"{op.name} runs over the channels")
+        for out in flatten_tensors(op.out):
+            flow.put(out, arrays, labels.site if keeps_zero else None)
+
+
+def windowed(spatial: int) -> Rule:
+    """Pooling and resizing over the last ``spatial`` axes."""
+    return lambda flow, op: _windowed(flow, op, spatial)
+
+
+def glu(flow: Flow, op: Operation) -> None:
+    """The two halves of the channels meet."""
+    labels = op.labels[0]
+    if labels is None:
+        return
+    axis = op.argument("dim", -1) % len(labels.shape)
+    arrays = []
+    for array in labels.arrays:
+        if array.shape[axis] > 1:
+            first, second = array.chunk(2, axis)
+            flow.graph.couple(first, second, flow.why("the halves of glu"))
+            array = first
+        arrays.append(array)
+    flow.put(op.out, arrays, labels.site)
+
+
+def matmul(flow: Flow, op: Operation) -> None:
+    """Matrix products. What is summed over stands or falls as a whole, unless one factor is a bare parameter.
+
+    ``x @ parameter`` is a linear layer without a module: its input channels are read, its outputs produced, one by one.
+    """
+    names = ("mat1", "mat2") if op.name == "addmm" else ("batch1", "batch2") if op.name == "baddbmm" else None
+    a, b = (op.argument(n) for n in names) if names else op.args[:2]
+    bias = op.args[0] if names else None
+    la, lb = flow.of(a), flow.of(b)
+    what = f"{op.name} multiplies channels with a tensor whose channels are fixed"
+    rank = op.out.dim()
+    summed_a, summed_b = a.dim() - 1, max(b.dim() - 2, 0)
+    arrays_a, arrays_b = list(la.arrays if la else ()), list(lb.arrays if lb else ())
+    along_a = [x for x in arrays_a if summed_a in axes_of(x)]
+    along_b = [x for x in arrays_b if summed_b in axes_of(x)]
+    others_a = [x for x in arrays_a if summed_a not in axes_of(x)]
+    others_b = [x for x in arrays_b if summed_b not in axes_of(x)]
+    reader = flow.parameter(along_b[0]) if len(along_b) == 1 else None
+    source = flow.parameter(others_b[0]) if len(others_b) == 1 else None
+    if source is not None:
+        flow.graph.producers.add(source.key)
+    if reader is not None:
+        for x in along_a:
+            if axes_of(x) == (summed_a,):
+                flow.graph.couple(reader.ids, x.reshape(-1), flow.why(what))
+                flow.graph.read_by(reader, la.site if la else None)
+            else:
+                flow.graph.freeze(x, flow.why(what))
+        if not along_a:
+            flow.graph.freeze(reader.ids, flow.why(what))
+    elif along_a or along_b:
+        if not along_a or not along_b:
+            for x in along_a + along_b:
+                flow.graph.freeze(x, flow.why(what))
+        else:
+            both_batched = a.dim() == b.dim() and a.dim() > 2
+            for mine, labels, axis, kept in ((along_a, la, summed_a, others_a), (along_b, lb, summed_b, others_b)):
+                assert labels is not None
+                kept += flow.mix(dataclasses.replace(labels, arrays=tuple(mine)), [axis], what)
+            if not both_batched:
+                first_a, first_b = along_a[0].reshape(-1)[:1], along_b[0].reshape(-1)[:1]
+                flow.graph.couple(first_a, first_b, flow.why(what))
+    # the result has the rows of a and the columns of b
+    if a.dim() == 1 or b.dim() == 1:
+        for x in others_a + others_b:
+            flow.graph.freeze(x, flow.why(what))
+        return
+    shape_a, shape_b = (*a.shape[:-1], 1), (*b.shape[:-2], 1, b.shape[-1])
+    operands: list[tuple[Sequence[int], Arrays]] = [(shape_a, tuple(others_a)), (shape_b, tuple(others_b))]
+    if bias is not None:
+        lbias = flow.of(bias)
+        operands.append((bias.shape, lbias.arrays if lbias else ()))
+    met = flow.meet(operands, what)
+    flow.put(op.out, [x for x in met if x.dim() == rank], None)
+
+
+def attention(flow: Flow, op: Operation) -> None:
+    """Fused attention: query and key are summed over their last axis, heads meet heads."""
+    q, k, v = (flow.of(t) for t in op.args[:3])
+    what = "attention over channels that are fixed elsewhere"
+    shape = op.args[0].shape
+    operands: list[tuple[Sequence[int], Arrays]] = []
+    for labels in (q, k):
+        operands.append(((*shape[:-1], 1), flow.mix(labels, [-1], what)))
+    for labels in (q, k, v):
+        for array in labels.arrays if labels else ():
+            if len(shape) - 2 in axes_of(array):
+                flow.graph.freeze(array, flow.why(what))
+                return
+    value = op.args[2]
+    operands.append(((*value.shape[:-2], 1, value.shape[-1]), v.arrays if v else ()))
+    for labels in op.labels[3:]:
+        flow.freeze(labels, "attention with a learned mask")
+    out = next(flatten_tensors(op.out))
+    flow.put(out, flow.meet(operands, what), None)
+
+
+def convolution(flow: Flow, op: Operation) -> None:
+    """A convolution that is no layer: one kernel for each channel couples with it, anything else freezes."""
+    x, weight = flow.of(op.args[0]), flow.of(op.args[1])
+    groups = op.argument("groups", 1)
+    channels = op.args[0].shape[1]
+    if x is not None and groups == channels == op.args[1].shape[0] and not op.argument("transposed", False):
+        spatial = list(range(2, len(x.shape)))
+        arrays = flow.mix(x, spatial, "a convolution runs over the channels")
+        kernel = op.args[1]
+        bias = flow.of(op.args[2])
+        columns: list[tuple[Sequence[int], Arrays]] = [((1, *x.shape[1:2]), tuple(a.reshape(a.shape[:2]) for a in arrays))]
+        columns.append(((kernel.shape[0],), tuple(a.reshape(-1) for a in weight.arrays if axes_of(a) == (0,)) if weight else ()))
+        if op.args[2] is not None:
+            columns.append((op.args[2].shape, bias.arrays if bias else ()))
+        met = flow.meet(columns, "a convolution with a fixed kernel")
+        for array in met:
+            flow.note_sizes([groups], array, (1, groups))
+        extended = [a.reshape(*a.shape, *[1] * (op.out.dim() - 2)) for a in met]
+        flow.put(op.out, extended, x.site if op.args[2] is None else None)
+        return
+    for labels in op.labels:
+        flow.freeze(labels, "a convolution that is no layer")
+
+
+def batch_norm(flow: Flow, op: Operation) -> None:
+    """Batch norm as a function: all its tensors are per channel."""
+    x = flow.of(op.args[0])
+    shape = op.args[0].shape
+    operands: list[tuple[Sequence[int], Arrays]] = []
+    arrays = flow.mix(x, [i for i in range(len(shape)) if i != 1], "batch norm over other axes than channels")
+    operands.append(((1, shape[1]), tuple(a.reshape(a.shape[:2]) for a in arrays)))
+    for tensor in op.args[1:5]:
+        if isinstance(tensor, Tensor):
+            labels = flow.of(tensor)
+            operands.append((tensor.shape, labels.arrays if labels else ()))
+    met = flow.meet(operands, "batch norm with fixed statistics")
+    out = next(flatten_tensors(op.out))
+    flow.put(out, [a.reshape(*a.shape, *[1] * (out.dim() - 2)) for a in met], None)
+
+
+def roi(flow: Flow, op: Operation) -> None:
+    """Regions cut out of a feature map: axis 1 stays, the regions themselves are not channels."""
+    labels = flow.of(op.args[0])
+    for other in op.labels[1:]:
+        flow.freeze(other, f"{op.name} with channels as regions")
+    if labels is not None:
+        arrays = flow.mix(labels, [0, 2, 3], f"{op.name} runs over the channels")
+        flow.put(op.out, arrays, labels.site)
+
+
+def index(flow: Flow, op: Operation) -> None:
+    """Advanced indexing: channels along an axis that is indexed are chosen by position, and stay."""
+    labels = op.labels[0]
+    indices = op.argument("indices")
+    if labels is None:
+        for other in op.labels:
+            flow.freeze(other, "indexing with channels")
+        return
+    axes, axis = [], 0
+    for entry in indices:
+        width = entry.dim() if entry is not None and entry.dtype in (torch.bool, torch.uint8) else 1
+        if entry is not None:
+            axes += list(range(axis, axis + width))
+        axis += width
+    arrays = flow.mix(labels, axes, "indexing picks channels")
+    moved = [_compress(torch.ops.aten.index(array.expand(labels.shape), indices)) for array in arrays]
+    flow.put(op.out, moved, labels.site)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "dropout"), same),
+    **dict.fromkeys(
+        ("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli"), like
+    ),
+    **dict.fromkeys(
+        (
+            *("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice", "flip", "roll", "rot90"),
+            *("repeat", "tile", "index_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave"),
+            *("native_channel_shuffle", "diagonal", "unfold", "movedim", "narrow"),
+        ),
+        move,
+    ),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "unflatten", "_reshape_alias"), reshape),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"), split),
+    **dict.fromkeys(("unbind", "select"), unbind),
+    "constant_pad_nd": pad,
+    **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], mirror_pad),
+    "cat": concat,
+    "stack": stack,
+    **dict.fromkeys(
+        (
+            *("sum", "mean", "amax", "amin", "max", "min", "var", "std", "norm", "linalg_vector_norm", "var_mean"),
+            *("logsumexp", "prod", "any", "all", "argmax", "argmin", "std_mean", "median"),
+        ),
+        reduce,
+    ),
+    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "flip"), along),
+    **{f"{op}_pool{n}d": windowed(n) for op in ("avg", "_adaptive_avg", "adaptive_avg") for n in (1, 2, 3)},
+    **{f"{op}_pool{n}d_with_indices": windowed(n) for op in ("max",) for n in (1, 2, 3)},
+    **{f"{op}_pool{n}d": windowed(n) for op in ("max", "adaptive_max") for n in (1, 2, 3)},
+    **{f"upsample_{kind}": windowed(n) for kind, n in (
+        ("nearest1d", 1), ("nearest2d", 2), ("nearest3d", 3), ("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2),
+        ("trilinear3d", 3), ("_nearest_exact2d", 2), ("_bilinear2d_aa", 2), ("_bicubic2d_aa", 2),
+    )},
+    **{f"_upsample_{kind}": windowed(2) for kind in ("nearest_exact2d", "bilinear2d_aa", "bicubic2d_aa")},
+    "grid_sampler_2d": windowed(2),
+    "glu": glu,
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "matmul"), matmul),
+    **dict.fromkeys(
+        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "scaled_dot_product_attention"),
+        attention,
+    ),
+    **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), convolution),
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update",
+         "_batch_norm_no_update", "cudnn_batch_norm"),
+        batch_norm,
+    ),
+    **dict.fromkeys(("roi_align", "roi_pool", "ps_roi_align"), roi),
+    "index": index,
+}
+RULES["flip"] = move
