@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+_ORIGINAL = "_dnal_original_class"
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -20,17 +21,19 @@ def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) ->
     _REPLACEMENTS[original] = replacement
 
 
-def adapt(model: nn.Module) -> None:
+def adapt(model: nn.Module, *, revertible: bool = False) -> None:
     """Give the modules of ``model`` their replacement classes, in place; parameters stay the same objects."""
     for module in model.modules():
         replacement = _REPLACEMENTS.get(type(module))
         if replacement is not None:
+            if revertible:
+                module.__dict__[_ORIGINAL] = type(module)
             module.__class__ = replacement
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`adapt`."""
-    originals = {replacement: original for original, replacement in _REPLACEMENTS.items()}
+    """Undo a revertible :func:`adapt`."""
     for module in model.modules():
-        if type(module) in originals:
-            module.__class__ = originals[type(module)]
+        original = module.__dict__.pop(_ORIGINAL, None)
+        if original is not None:
+            module.__class__ = original

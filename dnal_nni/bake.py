@@ -28,11 +28,17 @@ class _Capture(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def bake(module: nn.Module) -> None:
-    """Give a convolution or linear layer its effective weight as a plain parameter, in place; others stay."""
+def bake(module: nn.Module) -> bool:
+    """Give a convolution or linear layer its effective weight as a plain parameter, in place.
+
+    Returns:
+        whether the weight was computed from other tensors; other modules stay as they are.
+    """
     if not isinstance(module, (Conv, nn.Linear)):
-        return
+        return False
+    baked = False
     if parametrize.is_parametrized(module):
+        baked = True
         values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[operator, union-attr]
         trainable = any(p.requires_grad for p in module.parameters())
         # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
@@ -43,6 +49,7 @@ def bake(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         name = getattr(hook, "name", None)
         if hasattr(hook, "compute_weight") and isinstance(name, str):  # torch.nn.utils.weight_norm, spectral_norm
+            baked = True
             hook.remove(module)
             del module._forward_pre_hooks[key]
     plain = _plain_class(module)
@@ -55,6 +62,8 @@ def bake(module: nn.Module) -> None:
             for name in set(module._parameters) - {"weight", "bias"}:
                 delattr(module, name)
             module.__class__ = plain
+            baked = True
+    return baked
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module] | None:

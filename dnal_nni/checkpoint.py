@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -12,8 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import attention  # noqa: F401  (registers its adapters)
+from .adapters import adapt
+from .bake import bake
 from .errors import DNALError
 from .graph import Conv
+from .slim import CHANGES
 
 FORMAT = "dnal_nni/1"
 _SIZES = (
@@ -36,7 +41,24 @@ def _sizes(model: nn.Module) -> dict[str, dict[str, int]]:
         for path, module in model.named_modules()
         if isinstance(module, (Conv, nn.Linear, nn.GroupNorm, nn.PReLU, nn.modules.batchnorm._NormBase))
         and (sizes := {name: getattr(module, name) for name in _SIZES if hasattr(module, name)})
+    } | {
+        path: {"normalized_shape": module.normalized_shape[0]}
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
     }
+
+
+def _stored(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that keeps a number about its channels, and the name of the number."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
+
+
+def _prepare(model: nn.Module, baked: list[str]) -> None:
+    """The changes of class that a cut makes: :mod:`dnal_nni.adapters` and :mod:`dnal_nni.bake`."""
+    adapt(model)
+    for path in baked:
+        bake(model.get_submodule(path))
 
 
 def save_compressed(slim: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -58,7 +80,12 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str]) -> None:
         else:
             seen[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    header = {"format": FORMAT, "sizes": json.dumps(_sizes(slim)), "aliases": json.dumps(aliases)}
+    header = {
+        "format": FORMAT,
+        "sizes": json.dumps(_sizes(slim)),
+        "aliases": json.dumps(aliases),
+        "changes": json.dumps(getattr(slim, CHANGES, {"baked": [], "stored": {}})),
+    }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, temporary, metadata=header)
@@ -88,13 +115,23 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         sizes: dict[str, dict[str, int]] = json.loads(header["sizes"])
         aliases: dict[str, str] = json.loads(header["aliases"])
         tensors |= {name: tensors[first] for name, first in aliases.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DNALError(f"{path}: its header is damaged: {error}") from error
-    _check_fit(model, path, sizes, tensors)
+        changes = json.loads(header["changes"])
+        baked, stored = [str(entry) for entry in changes["baked"]], dict(changes["stored"])
+        trial = copy.deepcopy(model)
+        _prepare(trial, baked)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DNALError(f"{path}: its header is damaged, or of another model: {error}") from error
+    _check_fit(trial, path, sizes, tensors)
+    _check_stored(trial, path, stored)
+    _prepare(model, baked)
     for layer, values in sizes.items():
         module = model.get_submodule(layer)
         for name, value in values.items():
-            setattr(module, name, value)
+            setattr(module, name, (value,) if name == "normalized_shape" else value)
+    for number, value in stored.items():
+        module, name = _stored(model, number)
+        setattr(module, name, type(getattr(module, name))(value))
+    setattr(model, CHANGES, changes)
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -111,6 +148,21 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         source, _, source_attribute = first.rpartition(".")
         setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(source), source_attribute))
     return model
+
+
+def _check_stored(model: nn.Module, path: Any, stored: dict[str, Any]) -> None:
+    for number, value in stored.items():
+        try:
+            module, name = _stored(model, number)
+            own = vars(module)[name]
+        except (AttributeError, KeyError) as error:
+            raise DNALError(f"{path} does not fit the model: it has no {number}") from error
+        new, old = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (value, own))
+        whole = all(type(n) is int for n in (*new, *old))
+        if isinstance(value, list) != isinstance(own, (list, tuple)) or not whole or len(new) != len(old):
+            raise DNALError(f"{path} does not fit the model: {number} is {value!r}, the model's is {own!r}")
+        if any(not 0 < a <= b for a, b in zip(new, old)):
+            raise DNALError(f"{path} does not fit the model: {number} is {value!r}, the model's is {own!r}")
 
 
 def _check_fit(model: nn.Module, path: Any, sizes: dict[str, dict[str, int]], tensors: dict[str, Tensor]) -> None:
@@ -150,5 +202,5 @@ def _leading(module: nn.Module, values: dict[str, int]) -> list[int] | None:
         return [values[first], values[second] // values["groups"]]
     if isinstance(module, nn.Linear):
         return [values["out_features"], values["in_features"]]
-    name = next((n for n in ("num_features", "num_channels", "num_parameters") if n in values), None)
+    name = next((n for n in ("num_features", "num_channels", "num_parameters", "normalized_shape") if n in values), None)
     return [values[name]] if name else None

@@ -14,7 +14,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from .graph import Conv, whole_groups
+from .graph import Conv, VertexKey, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
 
@@ -80,13 +80,15 @@ class CostModel:
             flops_of = analysis.by_module()
         self.dense = Complexity(int(flops_of[""]), sum(p.numel() for p in model.parameters()))
 
-        row_of: dict[tuple[str, str], int] = {}  # (path, side) -> row; row 0 is the constant 1
+        row_of: dict[VertexKey, int] = {}  # row 0 is the constant 1
         counts: dict[tuple[int, int], int] = defaultdict(int)  # (row, unit) -> channels
         channels = [1]
         offset = 0
         for group in self.active:
             for member in group.members:
-                key = (member.path, member.side)
+                if member.side == "size":
+                    continue
+                key = (member.path, member.side, member.dim)
                 if key not in row_of:
                     row_of[key] = len(row_of) + 1
                     channels.append(member.width)
@@ -101,21 +103,25 @@ class CostModel:
         self.base = 1 - gated
 
         terms: list[tuple[float, float, int, int]] = []  # flops, params, row a, row b
-        for path in {path for path, _ in row_of}:
-            a, b = row_of.get((path, "in"), 0), row_of.get((path, "out"), 0)
-            both = row_of.get((path, "both"), 0)
-            if path in dict(model.named_parameters()):
-                terms.append((0.0, model.get_parameter(path).numel(), both, 0))
+        tensors = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        for path in sorted({path for path, _, _ in row_of}):
+            rows_here = [row for key, row in row_of.items() if key[0] == path]
+            if path in buffers:
+                continue
+            if path in tensors:
+                terms.append((0.0, tensors[path].numel(), rows_here[0], rows_here[1] if len(rows_here) > 1 else 0))
                 continue
             module = model.get_submodule(path)
             flops = float(flops_of[path])
-            weights = {name: p.numel() for name, p in module.named_parameters(recurse=False)}
             if isinstance(module, (Conv, nn.Linear)):
+                a, b = row_of.get((path, "in", None), 0), row_of.get((path, "out", None), 0)
                 a = 0 if whole_groups(module) else a
-                terms.append((flops, weights["weight"], a, b))
-                terms.append((0.0, weights.get("bias", 0), b, 0))
+                terms.append((flops, module.weight.numel(), a, b))
+                terms.append((0.0, module.bias.numel() if module.bias is not None else 0, b, 0))
             else:
-                terms.append((flops, sum(weights.values()), both, 0))
+                own = sum(p.numel() for p in module.parameters(recurse=False))
+                terms.append((flops, own, row_of[path, "both", None], 0))
         self.flop_terms = torch.tensor([t[0] for t in terms], dtype=torch.float64)
         self.param_terms = torch.tensor([t[1] for t in terms], dtype=torch.float64)
         self.a, self.b = torch.tensor([t[2] for t in terms]), torch.tensor([t[3] for t in terms])

@@ -9,7 +9,6 @@ operation without a rule freezes everything that enters it: unknown is left alon
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -53,6 +52,24 @@ def _compress(array: Tensor) -> Tensor:
     return array
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredSize:
+    """A number that a forward passed to an operation, and the channels that it counts.
+
+    Attributes:
+        path: the module whose forward it was.
+        sizes: the number; all of them, where it is one of a list of sizes.
+        position: where in that list; None for a number by itself.
+        ids: channel ids, an axis for each axis of the tensor; ``axis`` is the one counted.
+    """
+
+    path: str
+    sizes: tuple[int, ...]
+    position: int | None
+    ids: Tensor
+    axis: int
+
+
 class Flow:
     """The labels of every tensor that is alive during a trace.
 
@@ -67,10 +84,9 @@ class Flow:
     ) -> None:
         self.graph = graph
         self._leaf = leaf
-        self._frame = frame
+        self.frame = frame
         self._labels: Any = WeakIdKeyDictionary()
-        self.stored_sizes: list[tuple[str, int, Tensor, int]] = []
-        """(module path, size, ids, axis): numbers that a forward passed to an operation, and the channels counted."""
+        self.stored_sizes: list[StoredSize] = []
 
     # -- labels -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +108,7 @@ class Flow:
 
     def why(self, what: str) -> str:
         """A reason, and the module in whose forward it lies."""
-        path, name = self._frame()
+        path, name = self.frame()
         return f"{path + ': ' if path else ''}{what} in {name}.forward"
 
     def freeze(self, labels: Labels | None, what: str) -> None:
@@ -164,10 +180,10 @@ class Flow:
     def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
         """Remember numbers among the arguments of an operation that count labelled positions of ``array``."""
         given = {n for n in numbers if isinstance(n, int) and n > 1}
-        path = self._frame()[0]
+        path = self.frame()[0]
         for axis in axes_of(array):
             if shape[axis] in given:
-                self.stored_sizes.append((path, shape[axis], array, axis))
+                self.stored_sizes.append(StoredSize(path, (shape[axis],), None, array, axis))
 
     # -- one operation ------------------------------------------------------------------------------------------------
 
@@ -238,12 +254,21 @@ Rule = Callable[[Flow, Operation], None]
 
 
 def _zero_test(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[set[int]], bool]:
-    """A test by evaluation: does the operation give 0 where these operands (numbers of its tensors) are 0?"""
-    tensors = list(flatten_tensors([args, list(kwargs.values())]))
-    copies = [t.detach().clone() if func.overloadpacket.__name__.endswith("_") else t for t in tensors]
+    """A test by evaluation: does the operation give 0 where these operands (numbers of its tensors) are 0?
+
+    The other operands are random, not what they happen to be: a norm initialised to zero would prove anything.
+    """
+    forms = [(t.shape, t.dtype) for t in flatten_tensors([args, list(kwargs.values())])]
 
     def zero(which: set[int]) -> bool:
-        values = iter(torch.zeros_like(t) if i in which else t.clone() for i, t in enumerate(copies))
+        generator = torch.Generator().manual_seed(0)
+
+        def value(i: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            if i in which:
+                return torch.zeros(shape, dtype=dtype)
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        values = iter([value(i, shape, dtype) for i, (shape, dtype) in enumerate(forms)])
 
         def replaced(x: Any) -> Any:
             if isinstance(x, Tensor):
@@ -251,8 +276,8 @@ def _zero_test(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
             return type(x)(replaced(y) for y in x) if isinstance(x, (list, tuple)) else x
 
         new_args = replaced(args)
-        out = func(*new_args, **{key: replaced(value) for key, value in kwargs.items()})
-        return all(not bool(t.any()) for t in flatten_tensors(out))
+        out = func(*new_args, **{key: replaced(x) for key, x in kwargs.items()})
+        return not any(bool(t.any()) for t in flatten_tensors(out))
 
     return zero
 
@@ -367,11 +392,14 @@ def split(flow: Flow, op: Operation) -> None:
     axis = axis % len(labels.shape)
     for array in labels.arrays:
         total = array.shape[axis]
-        if total > 1:
-            flow.note_sizes([total], array, labels.shape)
-            if isinstance(size, int) and size < total and total % size == 0:
-                parts = array.movedim(axis, 0).reshape(total // size, size, -1)
-                flow.graph.require_rectangle(parts, 1)
+        if total == 1:
+            continue
+        flow.note_sizes([total], array, labels.shape)
+        if isinstance(size, int) and size < total and total % size == 0:
+            flow.graph.require_rectangle(array.movedim(axis, 0).reshape(total // size, size, -1), 1)
+        elif not isinstance(size, int):
+            for i, part in enumerate(array.split(size, axis)):
+                flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(size), i, part, axis))
 
 
 def unbind(flow: Flow, op: Operation) -> None:
@@ -401,30 +429,32 @@ def _side_by_side(
     flow: Flow, op: Operation, tensors: list[Tensor], axis: int, form: Callable[[Tensor], Tensor]
 ) -> None:
     axis = axis % op.out.dim()
-    if len(op.labels) != len(tensors):
-        raise AssertionError(op.name)
-    several = [labels for labels in op.labels if labels is not None and len(labels.arrays) > 1]
-    for labels in several:
-        flow.freeze(labels, f"{op.name} of a tensor with several kinds of channels")
-    pieces = []
-    sites = []
-    shown = [form(x.arrays[0]) if x and len(x.arrays) == 1 else None for x in op.labels]
-    varying = {a for array in shown if array is not None for a in axes_of(array)} - {axis}
-    for tensor, labels, array in zip(tensors, op.labels, shown):
-        full = form(tensor).shape if array is None else form(torch.empty(labels.shape, device="meta")).shape  # type: ignore[union-attr]
-        if math.prod(full) == 0:
-            continue
-        wanted = [n if i == axis or i in varying else 1 for i, n in enumerate(full)]
-        pieces.append(torch.full(wanted, -1) if array is None else array.expand(wanted))
-        if labels is not None:
-            sites.append(labels.site)
-    if not pieces:
+    pieces: list[tuple[torch.Size, Tensor | None, Site]] = []  # shape as put side by side, labels there, site
+    for tensor, labels in zip(tensors, op.labels):
+        if tensor.numel() == 0 and tensor.dim() == 1:
+            continue  # the empty start of a list that a forward concatenates to
+        if labels is not None and len(labels.arrays) > 1:
+            flow.freeze(labels, f"{op.name} of a tensor with several kinds of channels")
+            labels = None
+        shape = form(torch.empty(labels.shape if labels else tensor.shape, device="meta")).shape
+        pieces.append((shape, form(labels.arrays[0]) if labels else None, labels.site if labels else None))
+    shown = [array for _, array, _ in pieces if array is not None]
+    if not shown:
         return
-    array = _compress(torch.cat(pieces, axis))
+    sites = [site for _, array, site in pieces if array is not None]
     site = None if any(s is None for s in sites) else frozenset().union(*(s for s in sites if s is not None))
-    if len(axes_of(array)) > 1 and not any(x is None for x in shown):
-        flow.graph.require_rectangle(array)
-    flow.put(op.out, [array], site)
+    if not any(axis in axes_of(array) for array in shown):
+        # tokens beside tokens: their channels meet
+        operands = [((*shape[:axis], 1, *shape[axis + 1 :]), (array,) if array is not None else ())
+                    for shape, array, _ in pieces]
+        flow.put(op.out, flow.meet(operands, f"{op.name} beside a tensor whose channels are fixed"), site)
+        return
+    varying = {a for array in shown for a in axes_of(array)} | {axis}
+    lined_up = []
+    for shape, array, _ in pieces:
+        wanted = [n if i in varying else 1 for i, n in enumerate(shape)]
+        lined_up.append(torch.full(wanted, -1) if array is None else array.expand(wanted))
+    flow.put(op.out, [_compress(torch.cat(lined_up, axis))], site)
 
 
 def reduce(flow: Flow, op: Operation) -> None:
@@ -520,18 +550,10 @@ def matmul(flow: Flow, op: Operation) -> None:
                 flow.graph.freeze(x, flow.why(what))
         if not along_a:
             flow.graph.freeze(reader.ids, flow.why(what))
-    elif along_a or along_b:
-        if not along_a or not along_b:
-            for x in along_a + along_b:
-                flow.graph.freeze(x, flow.why(what))
-        else:
-            both_batched = a.dim() == b.dim() and a.dim() > 2
-            for mine, labels, axis, kept in ((along_a, la, summed_a, others_a), (along_b, lb, summed_b, others_b)):
-                assert labels is not None
+    else:
+        for mine, labels, axis, kept in ((along_a, la, summed_a, others_a), (along_b, lb, summed_b, others_b)):
+            if labels is not None:
                 kept += flow.mix(dataclasses.replace(labels, arrays=tuple(mine)), [axis], what)
-            if not both_batched:
-                first_a, first_b = along_a[0].reshape(-1)[:1], along_b[0].reshape(-1)[:1]
-                flow.graph.couple(first_a, first_b, flow.why(what))
     # the result has the rows of a and the columns of b
     if a.dim() == 1 or b.dim() == 1:
         for x in others_a + others_b:
@@ -636,6 +658,15 @@ def index(flow: Flow, op: Operation) -> None:
     flow.put(op.out, moved, labels.site)
 
 
+def as_strided(flow: Flow, op: Operation) -> None:
+    """torch changes the memory format of some results in place; any other use is not followed."""
+    labels = op.labels[0]
+    if labels is not None and tuple(op.args[1]) == tuple(labels.shape):
+        flow.put(op.out, labels.arrays, labels.site)
+    else:
+        flow.freeze(labels, "as_strided")
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "dropout"), same),
     **dict.fromkeys(
@@ -687,5 +718,6 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("roi_align", "roi_pool", "ps_roi_align"), roi),
     "index": index,
+    "as_strided": as_strided,
 }
 RULES["flip"] = move

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
 from .graph import Norm, Side, VertexKey, varying_axes
 from .trace import FORWARD_ERRORS, Trace
@@ -212,17 +213,19 @@ def _stored_sizes(traced: Trace, labels: np.ndarray) -> Iterator[_Slot]:
     integer attributes of the module whose forward it was. Whether it is the right one is decided by verification.
     """
     found: dict[VertexKey, _Slot] = {}
-    for path, size, ids, axis in traced.flow.stored_sizes:
-        if varying_axes(ids.numpy(), labels) != (axis,):
+    for stored in traced.flow.stored_sizes:
+        if varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
             continue
-        line = ids.movedim(axis, 0).reshape(size, -1)[:, 0].numpy()
+        line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()
         units = np.where(line >= 0, labels[line], -1)
-        for name, value in vars(traced.model.get_submodule(path)).items():
+        for name, value in vars(traced.model.get_submodule(stored.path)).items():
             if name.startswith("_"):
                 continue
-            entries = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
-            for position, entry in entries:
-                if type(entry) is int and entry == size:
-                    key: VertexKey = (f"{path}.{name}".lstrip("."), "size", position)
-                    found.setdefault(key, _Slot(key, units))
+            if stored.position is not None:
+                fits = isinstance(value, (list, tuple)) and tuple(value) == stored.sizes
+            else:
+                fits = type(value) is int and value == stored.sizes[0]
+            if fits:
+                key: VertexKey = (f"{stored.path}.{name}".lstrip("."), "size", stored.position)
+                found.setdefault(key, _Slot(key, units))
     return iter(found.values())

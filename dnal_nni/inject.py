@@ -31,7 +31,7 @@ def _mask_statistics(module: nn.Module, args: tuple[Any, ...], output: Tensor) -
 
 def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
     """Let ``gates`` (by group name) act in ``model``, in place; its parameters stay the same objects."""
-    adapt(model)
+    adapt(model, revertible=True)
     norms: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     inputs: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     statistics: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)

@@ -29,7 +29,8 @@ from .inject import attach, detach
 from .report import GroupReport, Report
 from .search import PAPER_THRESHOLD, Search
 from .slim import slim_copy
-from .verify import FORWARD_ERRORS, TOLERANCE, difference, example_like, verify_and_freeze
+from .trace import FORWARD_ERRORS
+from .verify import TOLERANCE, difference, example_like, verify_and_freeze
 
 Masks = dict[str, dict[str, Tensor]]
 
@@ -132,7 +133,7 @@ class DNALPruner(Pruner):
         try:
             groups = find_groups(model, self._dummy_input)
         except FORWARD_ERRORS as error:
-            raise DNALError(f"torch-pruning cannot read the graph of {type(model).__name__}: {error}") from error
+            raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
         selected: dict[str, float | None] = {}
         for name, spaces in self._target_spaces.items():
             given = [space.sparse_ratio for space in spaces.values() if space.sparse_ratio is not None]
@@ -378,7 +379,7 @@ class DNALPruner(Pruner):
         for group in self._active:
             dropped = ~self._keep[group.name]
             for member in group.members:
-                if member.side == "in" or member.dim is not None or member.path not in self._target_spaces:
+                if member.side in ("in", "size") or member.bare or member.path not in self._target_spaces:
                     continue
                 if member.path not in channels:
                     module = self.bound_model.get_submodule(member.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .groups import ChannelGroup
 from .inject import detach
 
 Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
+
+CHANGES = "_dnal_changes"
+"""Attribute of a cut network: what a cut did beside shapes, ``{"baked": [path], "stored": {path: number(s)}}``."""
 
 
 def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
@@ -41,21 +45,26 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         for member in group.members:
             mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
+    changes: dict[str, Any] = {"baked": [], "stored": {}}
     for path, sides in masks.items():
         if any(side == "size" for side, _ in sides):
-            _resize(slim, path, sides)
+            changes["stored"][path] = _resize(slim, path, sides)
         elif any(dim is not None for _, dim in sides):
             owner, _, name = path.rpartition(".")
             for (_, dim), mask in sides.items():
                 assert dim is not None
                 _cut(slim.get_submodule(owner), name, dim, mask)
         else:
-            _cut_module(slim.get_submodule(path), {side: mask for (side, _), mask in sides.items()})
+            layer = slim.get_submodule(path)
+            if bake(layer):
+                changes["baked"].append(path)
+            _cut_module(layer, {side: mask for (side, _), mask in sides.items()})
+    setattr(slim, CHANGES, changes)
     return slim
 
 
-def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> None:
-    """Bring a number that a module keeps about its channels up to date."""
+def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> Any:
+    """Bring a number that a module keeps about its channels up to date; the new value."""
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
     value = getattr(module, name)
@@ -65,6 +74,7 @@ def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None]
             left if i == position else entry for i, entry in enumerate(value)
         )
     setattr(module, name, value)
+    return value
 
 
 def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
@@ -82,7 +92,6 @@ def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
 
 
 def _cut_module(module: nn.Module, sides: Mapping[Side, Tensor]) -> None:
-    bake(module)
     if isinstance(module, Conv):
         _cut_conv(module, sides)
     elif isinstance(module, nn.Linear):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .flow import Flow, Labels, axes_of
-from .graph import Conv, CouplingGraph, Norm, Vertex, call, flatten_tensors, masked_statistics, whole_groups
+from .graph import Conv, Counted, CouplingGraph, Norm, Vertex, call, flatten_tensors, masked_statistics, whole_groups
 
 # what a forward pass of somebody else's module raises
 FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -49,7 +49,6 @@ class Trace(TorchDispatchMode):
         self.graph = CouplingGraph()
         self.computed: set[str] = set()
         self.channel_dims: dict[str, int] = {}
-        self._escaped: set[str] = set()
         self.flow = Flow(self.graph, self._leaf, self._frame)
         self._frames: list[tuple[str, str]] = [("", type(model).__name__)]
         self._inside: str | None = None  # the layer that is running
@@ -119,15 +118,20 @@ class Trace(TorchDispatchMode):
                 self._layer(path, module, x, labels, out)
             else:
                 self.flow.freeze(labels, f"{path} returns no tensor")
+        elif isinstance(module, Counted) and isinstance(out, Tensor):
+            self._counted(path, out)
 
     def finish(self) -> None:
         """After the last run: layers whose tensors others read too must stay whole."""
+        called = {vertex.path for vertex in self.graph.vertices.values() if vertex.dim is None}
+        bare = {vertex.path.rpartition(".")[0] for vertex in self.graph.vertices.values() if vertex.dim is not None}
         tied = {name.rpartition(".")[0] for name in self._tied}
         for vertex in self.graph.vertices.values():
-            if vertex.path in self._escaped:
-                self.graph.freeze(vertex.ids, f"a function reads the weights of {vertex.path} beside it")
-            elif vertex.path in tied:
-                self.graph.freeze(vertex.ids, f"the weights of {vertex.path} are tied to another layer")
+            owner = vertex.path if vertex.dim is None else vertex.path.rpartition(".")[0]
+            if owner in called and owner in bare and owner in self._layers:
+                self.graph.freeze(vertex.ids, f"a function reads the weights of {owner} beside it")
+            elif owner in tied and (vertex.dim is None or vertex.path in self._tied):
+                self.graph.freeze(vertex.ids, f"the weights of {owner} are tied to another layer")
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -166,6 +170,15 @@ class Trace(TorchDispatchMode):
         shape[axis] = n_out
         zero = per_channel and getattr(module, "bias", None) is None
         self.flow.put(out, [source.ids.reshape(shape), *passed] if n_out > 1 else passed, site if zero else None)
+
+    def _counted(self, path: str, out: Tensor) -> None:
+        """A layer without tensors whose cost goes with its channels."""
+        labels = self.flow.of(out)
+        if labels is not None and len(labels.arrays) == 1 and len(axes_of(labels.arrays[0])) == 1:
+            ids = labels.arrays[0].reshape(-1)
+            vertex = self.graph.vertex(path, "both", ids.numel())
+            if vertex.size == ids.numel() and bool((ids >= 0).all()):
+                self.graph.couple(vertex.ids, ids, "")
 
     def _passing(self, path: str, module: nn.Module, x: Tensor, labels: Labels | None, out: Tensor) -> None:
         sizes = ("num_channels", "num_features", "num_parameters", "normalized_shape")
@@ -238,10 +251,6 @@ class Trace(TorchDispatchMode):
         return self._leaf_labels[id(tensor)]
 
     def _new_leaf(self, name: str, tensor: Tensor) -> Labels | None:
-        owner = name.rpartition(".")[0]
-        if owner in self._layers or name in self._tied:
-            self._escaped.add(owner)
-            return None
         arrays = []
         for dim, size in enumerate(tensor.shape):
             if size > 1:

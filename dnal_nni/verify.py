@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +17,10 @@ from .graph import Norm, call, flatten_tensors
 from .groups import ChannelGroup
 from .inject import attach
 from .slim import Keep, slim_copy
+from .trace import FORWARD_ERRORS
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|."""
-
-# what a forward pass of somebody else's module raises on channels that it did not expect
-FORWARD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 _Dropout = nn.modules.dropout._DropoutNd
 
@@ -54,25 +45,33 @@ def example_like(dummy_input: Any, dtype: torch.dtype) -> Any:
     return convert(dummy_input)
 
 
-def difference(gated: nn.Module, slim: nn.Module, inputs: Any) -> tuple[float, float]:
+def difference(
+    gated: nn.Module, slim: nn.Module, inputs: Any, watch: Collection[str] = ()
+) -> tuple[float, float]:
     """(max|gated - slim|, the same / max|gated|) over every tensor returned, the worse of eval and train mode.
 
-    Dropout is off in both modes (it draws one number per channel); other random layers see the same seed. Both modules
-    are left in train mode with their norm statistics moved: pass copies.
+    Dropout is off in both modes (it draws one number per channel); other random layers see the same seed. Train mode is
+    left out for a model that does not run there, such as a detector without targets. Both modules are left in train
+    mode with their norm statistics moved: pass copies.
+
+    Args:
+        gated: the reference.
+        slim: what is compared with it.
+        inputs: tensor, tuple of arguments or dict of keyword arguments.
+        watch: paths of layers whose outputs are compared too. A detector may return nothing for random weights.
     """
     absolute = relative = 0.0
     for mode in ("eval", "train"):
-        outputs = []
-        for module in (gated, slim):
-            module.train(mode == "train")
-            for child in module.modules():
-                if isinstance(child, _Dropout):
-                    child.eval()
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(0)
-                outputs.append(list(flatten_tensors(call(module, inputs))))
-        assert len(outputs[0]) == len(outputs[1])
-        for a, b in zip(*outputs):
+        try:
+            expected = _outputs(gated, inputs, watch, mode)
+        except FORWARD_ERRORS:
+            if mode == "eval":
+                raise
+            continue
+        got = _outputs(slim, inputs, watch, mode)
+        if len(expected) != len(got):
+            raise RuntimeError(f"the number of outputs changes from {len(expected)} to {len(got)}")
+        for a, b in zip(expected, got):
             if a.shape != b.shape:
                 raise RuntimeError(f"the shape of an output changes from {tuple(a.shape)} to {tuple(b.shape)}")
             if a.numel() == 0:
@@ -83,6 +82,32 @@ def difference(gated: nn.Module, slim: nn.Module, inputs: Any) -> tuple[float, f
             absolute = max(absolute, gap)
             relative = max(relative, gap / max(float(a.abs().max()), 1e-12))
     return absolute, relative
+
+
+def _outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str) -> list[Tensor]:
+    watched: list[Tensor] = []
+    model.train(mode == "train")
+    for child in model.modules():
+        if isinstance(child, _Dropout):
+            child.eval()
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: watched.append(out)) for path in watch
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            returned = list(flatten_tensors(call(model, inputs)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return returned + list(flatten_tensors(watched))
+
+
+def whole_outputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[str]:
+    """Layers that keep all their output channels: what they compute must stay the same."""
+    cut = {m.path for g in groups if g.frozen is None for m in g.members if m.side == "out"}
+    modules = dict(model.named_modules())
+    return sorted({p for g in groups if g.frozen is not None for p in g.producers if p in modules} - cut)
 
 
 def _perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -105,13 +130,20 @@ def _perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def random_keep(groups: Sequence[ChannelGroup], fraction: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
-    """For every group that is not frozen, about ``fraction`` of its units dropped: at least one, and one kept."""
+def random_keep(groups: Sequence[ChannelGroup], fraction: float | None = 0.3, seed: int = 0) -> dict[str, Tensor]:
+    """For every group that is not frozen, some of its units dropped: at least one, and one kept.
+
+    Args:
+        groups: the channel groups.
+        fraction: how much to drop, about; None: something else in every group.
+        seed: of the choice, together with the group's name.
+    """
     keep = {}
     for group in groups:
         if group.frozen is None:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {group.name}".encode()))
-            drop = min(max(1, round(fraction * group.channels)), group.channels - 1)
+            share = fraction if fraction is not None else float(0.1 + 0.6 * torch.rand((), generator=generator))
+            drop = min(max(1, round(share * group.channels)), group.channels - 1)
             mask = torch.ones(group.channels, dtype=torch.bool)
             mask[torch.randperm(group.channels, generator=generator)[:drop]] = False
             keep[group.name] = mask
@@ -131,7 +163,8 @@ def hard_gated_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep
 def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> int:
     """Slice copies and compare them with their hard-gated originals; what differs changes its gate site or is frozen.
 
-    One comparison when all is well; otherwise bisection. What could not be compared within ``seconds`` is frozen.
+    One comparison (on every input size tried) when all is well; otherwise groups are admitted one half at a time, each
+    together with all that were admitted before. What could not be compared within ``seconds`` is frozen.
 
     Args:
         model: the ungated model; it is not changed.
@@ -142,47 +175,121 @@ def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_in
     Returns:
         the number of comparisons made.
     """
-    deadline = time.monotonic() + seconds
-    model, inputs = _trial_form(model, dummy_input)
-    tolerance = TOLERANCE[next(p.dtype for p in model.parameters() if p.is_floating_point())]
-    trials = 0
+    return _Verification(model, groups, dummy_input, seconds).run()
 
-    def trial(subset: Sequence[ChannelGroup]) -> str | None:
-        nonlocal trials
-        trials += 1
-        keep = random_keep(subset, seed=trials)
-        try:
-            _, gap = difference(hard_gated_copy(model, subset, keep), slim_copy(model, subset, keep), inputs)
-        except FORWARD_ERRORS as error:
-            return f"the model does not run without some of its channels ({str(error).splitlines()[0][:150]})"
-        return None if gap <= tolerance else f"removing channels would change the output by {gap:.1e} of its size"
 
-    def probe(subset: Sequence[ChannelGroup]) -> None:
-        if time.monotonic() > deadline:
-            for group in subset:
-                group.frozen = f"not verified within verify_seconds={seconds:g}"
+class _Verification:
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.seconds = seconds
+        self.groups = groups
+        self.model, full = _trial_form(model, dummy_input)
+        self.inputs = [full]
+        other = _other_size(full)
+        if other is not None and _runs(self.model, other):
+            self.inputs.append(other)
+        self.quick = min(self.inputs, key=lambda x: sum(t.numel() for t in flatten_tensors(x)))
+        self.tolerance = TOLERANCE[next(p.dtype for p in self.model.parameters() if p.is_floating_point())]
+        self.trials = 0
+        self.admitted: list[ChannelGroup] = []
+
+    def run(self) -> int:
+        while active := [g for g in self.groups if g.frozen is None]:
+            if self._trial(active, self.inputs) is None:
+                break
+            if self._late(active):
+                break
+            self.admitted = []
+            self._admit(active)
+        return self.trials
+
+    def _late(self, pending: Sequence[ChannelGroup]) -> bool:
+        late = time.monotonic() > self.deadline
+        for group in pending if late else ():
+            group.frozen = f"not verified within verify_seconds={self.seconds:g}"
+        return late
+
+    def _admit(self, pending: list[ChannelGroup]) -> None:
+        if not pending or self._late(pending):
             return
-        reason = trial(subset)
-        if reason is None:
+        failure = self._trial(self.admitted + pending, [self.quick])
+        if failure is None:
+            self.admitted += pending
             return
-        if len(subset) > 1:
-            probe(subset[: len(subset) // 2])
-            probe(subset[len(subset) // 2 :])
+        if len(pending) > 1:
+            suspects = [g for g in pending if failure.concerns(g)]
+            if suspects and len(suspects) < len(pending):
+                first = [g for g in pending if g not in suspects]
+            else:
+                first, suspects = pending[: len(pending) // 2], pending[len(pending) // 2 :]
+            self._admit(first)
+            self._admit(suspects)
             return
-        group = subset[0]
+        group = pending[0]
         if group.site == "norm":
             group.site = "input"
-            reason = trial(subset)
-        group.frozen = reason
+            self._admit(pending)
+        else:
+            group.frozen = failure.reason
 
-    while active := [g for g in groups if g.frozen is None]:
-        before = [(g.site, g.frozen) for g in groups]
-        probe(active)
-        if before == [(g.site, g.frozen) for g in groups]:
-            if trials == 1 or trial(active) is None:
-                break
-            active[-1].frozen = "together with other groups, removing its channels changes the output"
-    return trials
+    def _trial(self, subset: Sequence[ChannelGroup], inputs: Sequence[Any]) -> _Failure | None:
+        self.trials += 1
+        keep = random_keep(subset, None, seed=self.trials)
+        slim = slim_copy(self.model, subset, keep)
+        watch = whole_outputs(self.model, self.groups)
+        try:
+            for x in inputs:
+                gated = hard_gated_copy(self.model, subset, keep)
+                _, gap = difference(gated, copy.deepcopy(slim), x, watch)
+                if not gap <= self.tolerance:
+                    return _Failure(f"removing channels would change the output by {gap:.1e} of its size", None)
+        except FORWARD_ERRORS as error:
+            where = _where(error)
+            what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+            place = f" in {type(where).__name__}.forward" if where is not None else ""
+            paths = {id(module): path for path, module in slim.named_modules()}
+            return _Failure(f"the model does not run without some of its channels ({what}{place})", paths.get(id(where)))
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    reason: str
+    path: str | None  # the module that raised
+
+    def concerns(self, group: ChannelGroup) -> bool:
+        return bool(self.path) and any(f"{m.path}.".startswith(f"{self.path}.") for m in group.members)
+
+
+def _where(error: BaseException) -> nn.Module | None:
+    """The innermost module, other than a torch layer, in whose method an error was raised."""
+    found, entry = None, error.__traceback__
+    while entry is not None:
+        owner = entry.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch.nn."):
+            found = owner
+        entry = entry.tb_next
+    return found
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    trial = copy.deepcopy(model)
+    try:
+        with torch.no_grad():
+            for mode in (False, True):
+                call(trial.train(mode), inputs)
+    except FORWARD_ERRORS:
+        return False
+    return True
+
+
+def _other_size(inputs: Any) -> Any:
+    """The same input half as large in space (half as large again where that is small); None if it is no image."""
+    if not isinstance(inputs, Tensor) or inputs.dim() < 3 or not inputs.is_floating_point():
+        return None
+    sizes = [n // 64 * 32 if n >= 128 else n // 2 if n >= 64 else n + n // 2 for n in inputs.shape[2:]]
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((*inputs.shape[:2], *sizes), generator=generator, dtype=inputs.dtype).to(inputs.device)
 
 
 def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, Any]:
@@ -192,7 +299,7 @@ def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, Any]:
         inputs = example_like(dummy_input, dtype)
         try:
             with torch.no_grad():
-                call(copy.deepcopy(trial).train(), inputs)
+                call(copy.deepcopy(trial).eval(), inputs)
             return trial, inputs
         except FORWARD_ERRORS:
             continue
