@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from .adapters import register_adapter
@@ -118,6 +119,20 @@ class SlimShiftedWindowAttentionV2(ShiftedWindowAttentionV2, SlimShiftedWindowAt
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale
 
 
+class SlimRelativePositionalMultiHeadAttention(RelativePositionalMultiHeadAttention):
+    """MaxViT's attention (arXiv 2204.01697) with the number of heads read from the projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, windows, window area, C]`` -> the same."""
+        q, k, v = (
+            part.unflatten(-1, (self.n_heads, self.head_dim)).transpose(2, 3) for part in self.to_qkv(x).chunk(3, -1)
+        )
+        weights = (q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()).softmax(-1)
+        merged: Tensor = self.merge((weights @ v).transpose(2, 3).flatten(3))
+        return merged
+
+
 register_adapter(nn.MultiheadAttention, SlimMultiheadAttention)
 register_adapter(ShiftedWindowAttention, SlimShiftedWindowAttention)
 register_adapter(ShiftedWindowAttentionV2, SlimShiftedWindowAttentionV2)
+register_adapter(RelativePositionalMultiHeadAttention, SlimRelativePositionalMultiHeadAttention)

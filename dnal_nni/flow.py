@@ -98,7 +98,10 @@ class Flow:
         return known if known is not None else self._leaf(tensor)
 
     def put(self, tensor: Any, arrays: Iterable[Tensor], site: Site) -> None:
-        """Label a new tensor. Arrays that nothing can be removed from are dropped."""
+        """Label a new tensor. Arrays that nothing can be removed from are dropped; the last channel left must stay."""
+        arrays = tuple(arrays)
+        for single in (a for a in arrays if a.numel() == 1):
+            self.graph.freeze(single, self.why("a single channel is taken by itself"))
         arrays = tuple(a for a in arrays if a.numel() > 1 and bool((a >= 0).any()))
         if isinstance(tensor, Tensor):
             if arrays:
@@ -179,7 +182,7 @@ class Flow:
 
     def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
         """Remember numbers among the arguments of an operation that count labelled positions of ``array``."""
-        given = {n for n in numbers if isinstance(n, int) and n > 1}
+        given = {n for n in numbers if isinstance(n, int)}
         path = self.frame()[0]
         for axis in axes_of(array):
             if shape[axis] in given:
@@ -399,6 +402,7 @@ def split(flow: Flow, op: Operation) -> None:
             flow.graph.require_rectangle(array.movedim(axis, 0).reshape(total // size, size, -1), 1)
         elif not isinstance(size, int):
             for i, part in enumerate(array.split(size, axis)):
+                flow.note_sizes(size, part, part.shape)
                 flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(size), i, part, axis))
 
 

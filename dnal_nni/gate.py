@@ -161,4 +161,8 @@ class StatisticsGate(ChannelFactor):
             y = y * norm.weight.to(y.dtype).view(shape)
         if norm.bias is not None:
             y = y + norm.bias.to(y.dtype).view(shape)
-        return y.movedim(1, self.axis).to(out.dtype)
+        y = y.movedim(1, self.axis).to(out.dtype)
+        for name, child in norm.named_children():  # timm's norms hold the dropout and activation that follow
+            if child is not self and name != "parametrizations":
+                y = child(y)
+        return y

@@ -217,6 +217,8 @@ def _stored_sizes(traced: Trace, labels: np.ndarray) -> Iterator[_Slot]:
         if varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
             continue
         line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()
+        if len(np.unique(line[line >= 0])) < (line >= 0).sum():
+            continue  # an axis that holds each channel several times, such as batch times heads
         units = np.where(line >= 0, labels[line], -1)
         for name, value in vars(traced.model.get_submodule(stored.path)).items():
             if name.startswith("_"):
