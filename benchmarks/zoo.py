@@ -308,16 +308,13 @@ def explain(record: Record) -> str:
 def run_isolated(entry: Entry, seconds: float = VERIFY_SECONDS, wall: float = WALL_SECONDS) -> Record:
     """`run_model` in a process of its own, with one thread, stopped after ``wall`` seconds."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", entry.name, "--seconds", str(seconds)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        ),  # this checkout's package
-    }
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the package of this checkout, installed or not
+    limits = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(path)}
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | limits, cwd=ROOT
+        )
         try:
             _, errors = process.communicate(timeout=wall)
             status = "crash"

@@ -6,15 +6,21 @@ process of its own with limits on time and memory, an hour or two on one core.
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torchvision
+from torch import nn
+
+from dnal_nni.groups import ChannelGroup
+from dnal_nni.slim import Keep, slim_copy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 timm = pytest.importorskip("timm")
 
+import zoo  # noqa: E402
 from zoo import SHRUNK, Record, explain, run_isolated, run_model  # noqa: E402
 from zoo_models import EXPECTED_TO_SHRINK, MODELS, NOTES, families  # noqa: E402
 
@@ -90,3 +96,43 @@ def test_the_list_holds_every_family() -> None:
     assert len(EXPECTED_TO_SHRINK) == 85 and len(NOTES) == 55 and EXPECTED_TO_SHRINK <= MODELS.keys()
     assert set(FAST) | set(MUST_SHRINK) <= MODELS.keys()
     assert sum(entry.source == "timm" for entry in MODELS.values()) >= 60
+
+
+def test_a_wrong_cut_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reversed_cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
+        return slim_copy(model, groups, {name: mask.flip(0) for name, mask in keep.items()})
+
+    monkeypatch.setattr(zoo, "slim_copy", reversed_cut)  # as many channels, but others
+    record = run_model(MODELS["mobilenet_v3_small"])
+    assert record["status"] == "inexact" and min(record["relative"].values()) > 1e-3
+
+
+def test_a_model_that_hangs_is_stopped() -> None:
+    record = run_isolated(MODELS["resnet18"], wall=0.5)
+    assert record["status"] == "timeout" and record["phase"] != "done"
+
+
+def test_the_table_has_a_row_for_every_outcome(tmp_path: Path) -> None:
+    common = {"task": "classification", "input": [2, 3, 64, 64], "commit": "c0ffee", "versions": {"torch": "2"}}
+    exact = {
+        "status": "exact",
+        "phase": "done",
+        "groups": {"all": 13, "gated": 12, "frozen": 1},
+        "reasons": {"model output": 1},
+        "flops": {"left": 0.5},
+        "relative": {"eval": 1e-15, "train": 2e-15},
+        "seconds": {"total": 1.0},
+    }
+    records = {
+        "resnet18": {"model": "resnet18", **common, **exact},
+        "resnet50": {"model": "resnet50", **common, "status": "timeout", "phase": "groups"},
+    }
+    zoo.write_table(records, tmp_path / "models.md")
+    text = (tmp_path / "models.md").read_text()
+    assert "| resnet18 | 3x64x64 | 12/13 | 50% | 2e-15 | 1.0 | model output 1 |" in text
+    assert "| resnet50 | 3x64x64 | - | - | - | - | timeout in groups |" in text
+
+
+def test_reasons_have_classes() -> None:
+    assert zoo.reason_class("not verified within verify_seconds=30") == "not verified in time"
+    assert zoo.reason_class("layer4.0.fn: a new reason with 3 words (of 4)") == "a new reason with words"
