@@ -218,8 +218,9 @@ class Network(nn.Module):
         try:
             results = module(*(values[s].tensor for s in sources))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            # called again where it does not fit; writes into a view; views what is not contiguous
-            if known or isinstance(module, InPlace) or "view size is not compatible" in str(error):
+            # called again where it does not fit; writes into a view; views what is not contiguous, or was overwritten
+            told = ("view size is not compatible", "modified inplace")
+            if known or isinstance(module, InPlace) or any(t in str(error) for t in told):
                 return
             raise
         for now, before in self.given:
