@@ -1,0 +1,498 @@
+"""The models of `zoo_models.py` one by one: is the sliced network the gated one, how much goes, how long does it take.
+
+    python benchmarks/zoo.py                           # what benchmarks/results/zoo.jsonl lacks for this commit
+    python benchmarks/zoo.py --only resnet18,timm_dla34 --again
+    python benchmarks/zoo.py --table                   # benchmarks/results/zoo.jsonl -> docs/models.md
+
+Every model runs in a process of its own, with one thread and limits on wall-clock time and memory: random weights,
+norms and scales moved away from their initial values, groups found and verified, then a random 30 % cut that the
+verification did not try. Gated and sliced network are compared in float64, in eval and in train mode, by code of this
+file and not of the package. One JSON line a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import copy
+import dataclasses
+import functools
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from zoo_models import MODELS, Entry
+
+from dnal_nni import measure
+from dnal_nni.groups import find_groups
+from dnal_nni.slim import slim_copy
+from dnal_nni.verify import hard_gated_copy, random_keep, verify_and_freeze
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
+TABLE = ROOT / "docs" / "models.md"
+
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest max|gated - sliced| / max|gated| of a network that counts as equal."""
+SHRUNK = 0.8
+"""Largest share of the FLOPs that a network which lost a useful part has left after the 30 % cut."""
+CUT = 0.3
+CUT_SEED = 7_919  # verify_and_freeze seeds its own cuts 1, 2, 3, ...
+VERIFY_SECONDS = 60.0
+WALL_SECONDS = 150.0
+MEMORY_BYTES = 14 * 2**30
+
+Record = dict[str, Any]
+
+# first match wins; a reason that matches none is its own class, without names and numbers
+REASON_CLASSES = (
+    ("model output", r"model returns"),
+    ("not verified in time", r"not verified within"),
+    ("forward fails on fewer channels", r"does not run"),
+    ("output would change", r"change(s)? the output"),
+    ("nothing reads it", r"no layer reads"),
+    ("all or nothing", r"only be removed all at once"),
+    ("graph cannot follow", r"torch-pruning (cannot|does not)|channels of .* meet|not every input|more than once"),
+    ("layer mixes channels", r"mixes its channels"),
+    ("computed weight", r"computed from other tensors|is not a parameter"),
+    ("tied weights", r"are tied"),
+)
+
+
+# -- one model --------------------------------------------------------------------------------------------------------
+
+
+def randomise(model: nn.Module, inputs: tuple[Any, ...], seed: int = 1) -> None:
+    """Move what initialisation leaves at 0 or 1, in place, so that no branch is silent and no scale is neutral.
+
+    Batch statistics are first taken from ``inputs`` and then perturbed: with arbitrary statistics the activations of a
+    deep network die or saturate, and every comparison would pass.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=like.dtype) + 0.5
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            flat = sum(size > 1 for size in parameter.shape) <= 1  # per-channel scales and shifts
+            if flat and name.rpartition(".")[2].endswith("bias"):
+                parameter.add_(normal(parameter), alpha=0.2)
+            elif flat and (parameter == parameter.flatten()[0]).all():  # a constant: initialised, not drawn
+                parameter.copy_(uniform(parameter))
+            elif not parameter.any():
+                parameter.copy_(normal(parameter) * 0.02)
+        norms = [m for m in model.modules() if getattr(m, "running_var", None) is not None]
+        momenta = [m.momentum for m in norms]
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0  # type: ignore[assignment]
+        forward(model, inputs)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            assert isinstance(norm.running_var, Tensor) and isinstance(norm.running_mean, Tensor)
+            norm.running_mean.add_(normal(norm.running_mean) * norm.running_var.sqrt(), alpha=0.2)
+            norm.running_var.mul_(uniform(norm.running_var)).clamp_(min=1e-6)
+
+
+def tensors(out: Any) -> Iterator[Tensor]:
+    """Every tensor in what a model returns, in a fixed order."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, Mapping):
+        for key in sorted(out):
+            yield from tensors(out[key])
+    elif isinstance(out, (list, tuple)):
+        for value in out:
+            yield from tensors(value)
+    elif dataclasses.is_dataclass(out):
+        for field in dataclasses.fields(out):
+            yield from tensors(getattr(out, field.name))
+
+
+def forward(model: nn.Module, inputs: tuple[Any, ...], heads: Sequence[str] = ()) -> list[Tensor]:
+    """The outputs of ``model`` and of its submodules ``heads``: boxes of random weights are often none at all."""
+    raw: list[Any] = []
+    hooks = [model.get_submodule(path).register_forward_hook(lambda _, __, out: raw.append(out)) for path in heads]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)  # stochastic depth draws per sample: the same in both networks
+            out = model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [t for t in tensors([out, raw]) if t.is_floating_point()]
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Eval or train mode, the latter without dropout: that draws per channel, and the networks differ in channels."""
+    model.train(mode == "train")
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+
+
+def relative_gap(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """The largest max|a - b| / max|a| over pairs of tensors; what is not finite or not of one shape is an error."""
+    if [t.shape for t in reference] != [t.shape for t in other]:
+        raise RuntimeError("the shapes of the outputs differ")
+    gap = 0.0
+    for a, b in zip(reference, other):
+        if a.numel() == 0:
+            continue
+        size = float(a.abs().max())
+        if not (size < float("inf") and bool(b.isfinite().all())):
+            raise RuntimeError("an output is not finite")
+        gap = max(gap, float((a - b).abs().max()) / max(size, 1e-12))
+    return gap
+
+
+def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, str]:
+    """(multiply-adds, name of the counter): fvcore, or torch's counter of matrix products where fvcore cannot trace."""
+    try:
+        with torch.no_grad():
+            flops = measure(model, inputs).flops
+        if flops > 0:
+            return flops, "fvcore"
+    except Exception:  # noqa: BLE001  the tracer raises anything
+        pass
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).eval()(*inputs)
+    return counter.get_total_flops() // 2, "torch"
+
+
+def reason_class(reason: str) -> str:
+    """The short class of a reason for which a group is left whole."""
+    for name, pattern in REASON_CLASSES:
+        if re.search(pattern, reason):
+            return name
+    plain = re.sub(r"\S*[._\d]\S*|['\"`].*?['\"`]|\(.*?\)", "", reason)
+    return re.sub(r"\s+", " ", plain).strip(" :;,")[:60] or "other"
+
+
+def run_model(entry: Entry, seconds: float = VERIFY_SECONDS, report: Callable[[Record], None] | None = None) -> Record:
+    """Everything about one model, in this process. ``report`` gets the record after every phase, as far as it is.
+
+    Args:
+        entry: which model.
+        seconds: the time limit given to ``verify_and_freeze``.
+        report: called with the unfinished record, whose "phase" is what begins.
+    """
+    record: Record = {
+        "model": entry.name,
+        "task": entry.task,
+        "input": list(entry.shape),
+        "status": "unfinished",
+        "phase": "build",
+        "seconds": {},
+    }
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        record["phase"] = name
+        if report is not None:
+            report(record)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            record["seconds"][name] = round(time.perf_counter() - start, 3)
+
+    modes = ("eval",) if entry.task == "detection" else ("eval", "train")  # a detector in train mode wants targets
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with phase("build"):
+                torch.manual_seed(0)
+                model = entry.build()
+                randomise(model, entry.inputs(2, torch.float32))
+                model.train()
+                record["params"] = sum(p.numel() for p in model.parameters())
+            with phase("dense"):
+                inputs = entry.inputs(3, entry.dtype)
+                reference = {}
+                for mode in modes:
+                    dense = copy.deepcopy(model).to(entry.dtype)
+                    set_mode(dense, mode)
+                    reference[mode] = forward(dense, inputs, entry.heads)
+                    relative_gap(reference[mode], reference[mode])
+                    del dense
+            with phase("groups"):
+                groups = find_groups(model, entry.inputs(4, torch.float32))
+            with phase("verify"):
+                record["trials"] = verify_and_freeze(model, groups, entry.inputs(4, torch.float32), seconds)
+            reasons = [g.frozen for g in groups if g.frozen is not None]
+            record["groups"] = {"all": len(groups), "gated": len(groups) - len(reasons), "frozen": len(reasons)}
+            record["reasons"] = dict(Counter(reason_class(r) for r in reasons).most_common())
+            record["examples"] = {reason_class(g.frozen): f"{g.name}: {plain(g.frozen)}" for g in groups if g.frozen}
+            record["sites"] = dict(Counter(g.site for g in groups if g.frozen is None))
+            model.to(entry.dtype)
+            with phase("plan"):
+                keep = random_keep(groups, CUT, CUT_SEED)
+            with phase("gate"):
+                gated = hard_gated_copy(model, groups, keep)
+            with phase("slice"):
+                slim = slim_copy(model, groups, keep)
+            with phase("flops"):
+                # the fused attention kernel of eval mode hides a whole layer from the counters
+                torch.backends.mha.set_fastpath_enabled(False)
+                before, counter = count_flops(model, inputs)
+                after, _ = count_flops(slim, inputs)
+                torch.backends.mha.set_fastpath_enabled(True)
+                left = after / before if before else 1.0
+                record["flops"] = {"dense": before, "sliced": after, "left": round(left, 4), "counter": counter}
+                record["params_left"] = round(sum(p.numel() for p in slim.parameters()) / record["params"], 4)
+            with phase("compare"):
+                record["relative"], record["effect"] = {}, {}
+                for mode in modes:
+                    a, b = copy.deepcopy(gated), copy.deepcopy(slim)
+                    set_mode(a, mode)
+                    set_mode(b, mode)
+                    outputs = forward(a, inputs, entry.heads)
+                    record["relative"][mode] = relative_gap(outputs, forward(b, inputs, entry.heads))
+                    # the cut must be felt, or equality says nothing; proposals may come out in another number
+                    same = [t.shape for t in outputs] == [t.shape for t in reference[mode]]
+                    record["effect"][mode] = relative_gap(reference[mode], outputs) if same else None
+            exact = max(record["relative"].values()) < EXACT[entry.dtype]
+            record["status"] = "exact" if exact else "inexact"
+            record["phase"] = "done"
+        except Exception as error:  # noqa: BLE001  what it raises is the result
+            memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+            where = record["phase"]
+            record["status"] = "memory" if memory else "cannot run" if where in ("build", "dense") else "crash"
+            record["error"] = plain(f"{type(error).__name__}: {error}")
+    phases = ("groups", "verify", "plan", "gate", "slice")
+    record["seconds"]["total"] = round(sum(record["seconds"].get(name, 0.0) for name in phases), 3)
+    record["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return record
+
+
+def plain(text: str) -> str:
+    """The first line of a message, without the paths of this machine."""
+    return re.sub(r"(/[\w.+-]+)+/", "", next(iter(text.splitlines()), ""))[:200]
+
+
+def explain(record: Record) -> str:
+    """What a failed test prints: how far the model came, and why its groups are frozen."""
+    lines = [json.dumps({key: value for key, value in record.items() if key not in ("reasons", "examples")})]
+    for name, number in record.get("reasons", {}).items():
+        lines.append(f"{number:5d}  {name:32s}  {record['examples'][name]}")
+    return "\n".join(lines)
+
+
+# -- many models ------------------------------------------------------------------------------------------------------
+
+
+def run_isolated(entry: Entry, seconds: float = VERIFY_SECONDS, wall: float = WALL_SECONDS) -> Record:
+    """`run_model` in a process of its own, with one thread, stopped after ``wall`` seconds."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", entry.name, "--seconds", str(seconds)]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the package of this checkout, installed or not
+    limits = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(path)}
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | limits, cwd=ROOT
+        )
+        try:
+            _, errors = process.communicate(timeout=wall)
+            status = "crash"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, errors = process.communicate()
+            status = "timeout"
+        out.seek(0)
+        lines = [line for line in out.read().splitlines() if line.startswith("{")]
+    record: Record = json.loads(lines[-1]) if lines else {"model": entry.name, "task": entry.task, "phase": "start"}
+    if record.get("status", "unfinished") == "unfinished":  # killed: by us, by the kernel, or by a fault in C++
+        record["status"] = status
+        if status == "crash":
+            last = next(reversed(errors.strip().splitlines()), "")
+            record["error"] = plain(f"exit status {process.returncode} {last}")
+    record["wall_seconds"] = round(time.monotonic() - started, 1)
+    return record | provenance(seconds)
+
+
+def provenance(seconds: float) -> Record:
+    """Commit of the package (not of the results: those would change it), versions, and the time limit."""
+    packages = ("torch", "torchvision", "timm", "torch-pruning", "fvcore")
+    return {
+        "verify_seconds": seconds,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+@functools.cache
+def commit() -> str:
+    """The last commit that touched the package; marked where the working tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dnal_nni")
+    return git("log", "-1", "--format=%H", "--", "dnal_nni") + ("+changes" if changed else "")
+
+
+def load(path: Path) -> dict[str, Record]:
+    """The last record of every model in a results file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["model"]: record for record in map(json.loads, lines)}
+
+
+def save(path: Path, records: Mapping[str, Record]) -> None:
+    """Write one line a model, in the order of the list, so that two runs can be compared line by line."""
+    order = {name: i for i, name in enumerate(MODELS)}
+    ordered = sorted(records.values(), key=lambda record: order.get(record["model"], len(order)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in ordered))
+    temporary.replace(path)
+
+
+def run_many(entries: Iterable[Entry], path: Path, seconds: float, wall: float, jobs: int, again: bool) -> None:
+    """Run what ``path`` lacks for this commit and write after every model: it can be stopped and resumed."""
+    records, now = load(path), commit()
+    todo = [e for e in entries if again or records.get(e.name, {}).get("commit") != now]
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        futures = [pool.submit(run_isolated, entry, seconds, wall) for entry in todo]
+        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            record = future.result()
+            records[record["model"]] = record
+            save(path, records)
+            print(f"{number}/{len(todo)} {one_line(record)}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt ends the run, not one model
+    print(summary([records[e.name] for e in MODELS.values() if e.name in records]))
+
+
+def one_line(record: Record) -> str:
+    groups = record.get("groups", {})
+    return (
+        f"{record['model']:34s} {record['status']:10s} {groups.get('gated', '-')}/{groups.get('all', '-')} groups, "
+        f"FLOPs left {record.get('flops', {}).get('left', '-')}, {record.get('seconds', {}).get('total', '-')} s "
+        f"{record.get('error', '')}{'' if record['phase'] == 'done' else ' in ' + record['phase']}"
+    )
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Counts over all records."""
+    status = Counter(record["status"] for record in records)
+    shrunk = sum(record["status"] == "exact" and record["flops"]["left"] <= SHRUNK for record in records)
+    whole = sum(record["status"] == "exact" and record["groups"]["gated"] == 0 for record in records)
+    late = sum("not verified in time" in record.get("reasons", {}) for record in records)
+    return (
+        f"{len(records)} models: {', '.join(f'{n} {name}' for name, n in status.most_common())} ({whole} of the exact "
+        f"because left whole); {shrunk} exact with at most {SHRUNK:.0%} of the FLOPs left; {late} with groups not "
+        "verified in time"
+    )
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def write_table(records: Mapping[str, Record], path: Path) -> None:
+    """The results as a page of the documentation."""
+    rows = [records[name] for name in MODELS if name in records]
+    commits = sorted({record["commit"] for record in rows})
+    versions = rows[0]["versions"]
+    lines = [
+        "# Models",
+        "",
+        "Written by `python benchmarks/zoo.py --table` from `benchmarks/results/zoo.jsonl`; do not edit.",
+        "",
+        f"{summary(rows)}.",
+        "",
+        "Random weights, norms and scales moved away from their initial values. Groups: gated / all (the classifier is "
+        "always left whole). FLOPs left: at a random 30 % cut of every gated group. Difference: the largest "
+        "max|gated - sliced| / max|gated| over all outputs, in float64, the worse of eval and train mode (detectors: "
+        "eval, the raw outputs of their heads included; RAFT: float32). Seconds: finding, verifying, planning, gating "
+        "and slicing, one thread.",
+        "",
+        f"Package commit {', '.join(c[:12] for c in commits)}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ".",
+    ]
+    for task in dict.fromkeys(entry.task for entry in MODELS.values()):
+        chosen = [record for record in rows if record["task"] == task]
+        if not chosen:
+            continue
+        lines += [
+            "",
+            f"## {task.capitalize()}",
+            "",
+            "| model | input | groups | FLOPs left | difference | seconds | left whole |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [table_row(record) for record in chosen]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def table_row(record: Record) -> str:
+    shape = "x".join(map(str, record.get("input", [])[1:]))
+    if "relative" not in record:
+        return f"| {record['model']} | {shape} | - | - | - | - | {record['status']} in {record['phase']} |"
+    groups = record["groups"]
+    reasons = ", ".join(f"{name} {number}" for name, number in record["reasons"].items())
+    return (
+        f"| {record['model']} | {shape} | {groups['gated']}/{groups['all']} | {record['flops']['left']:.0%} "
+        f"| {max(record['relative'].values()):.0e} | {record['seconds']['total']:.1f} | {reasons} |"
+    )
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def worker(entry: Entry, seconds: float) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    print(json.dumps(run_model(entry, seconds, lambda record: print(json.dumps(record), flush=True))), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--again", action="store_true", help="also what is there for this commit")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=VERIFY_SECONDS, help="limit of each verification")
+    parser.add_argument("--wall", type=float, default=WALL_SECONDS, help="limit of each model")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write docs/models.md and run nothing")
+    parser.add_argument("--worker", metavar="NAME", help="one model in this process (used by the script itself)")
+    args = parser.parse_args()
+    names = [name for name in args.only.split(",") if name] or list(MODELS)
+    if unknown := [name for name in [*names, *([args.worker] if args.worker else [])] if name not in MODELS]:
+        parser.error(f"not in zoo_models.py: {', '.join(unknown)}")
+    if args.worker:
+        worker(MODELS[args.worker], args.seconds)
+    elif args.table:
+        write_table(load(args.out), TABLE)
+    else:
+        run_many((MODELS[name] for name in names), args.out, args.seconds, args.wall, args.jobs, args.again)
+
+
+if __name__ == "__main__":
+    main()
