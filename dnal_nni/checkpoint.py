@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
 from .bake import bake
 from .errors import DNALError
-from .graph import Conv
+from .graph import Conv, clone
 from .slim import CHANGES
 
 FORMAT = "dnal_nni/1"
@@ -117,7 +116,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         tensors |= {name: tensors[first] for name, first in aliases.items()}
         changes = json.loads(header["changes"])
         baked, stored = [str(entry) for entry in changes["baked"]], dict(changes["stored"])
-        trial = copy.deepcopy(model)
+        trial = clone(model)
         _prepare(trial, baked)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DNALError(f"{path}: its header is damaged, or of another model: {error}") from error

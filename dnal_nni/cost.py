@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections import defaultdict
@@ -14,7 +13,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from .graph import Conv, VertexKey, whole_groups
+from .graph import Conv, VertexKey, clone, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
 
@@ -33,7 +32,7 @@ class Complexity:
 
 
 def _analysis(model: nn.Module, dummy_input: Any) -> FlopCountAnalysis:
-    model = copy.deepcopy(model).eval()
+    model = clone(model).eval()
     detach(model)
     if isinstance(dummy_input, Mapping):
         inputs: tuple[Any, ...] = tuple(dummy_input.values())

@@ -7,6 +7,7 @@ ends. :mod:`dnal_nni.trace` draws the edges.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -66,6 +67,17 @@ def call(model: nn.Module, dummy_input: Any) -> Any:
     if isinstance(dummy_input, (list, tuple)):
         return model(*dummy_input)
     return model(dummy_input)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps computed tensors as attributes (``torch.nn.utils.weight_norm`` does)."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)
 
 
 VertexKey = tuple[str, Side, int | None]

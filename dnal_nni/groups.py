@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
-from .graph import Norm, Side, VertexKey, varying_axes
+from .graph import Norm, Side, VertexKey, clone, varying_axes
 from .trace import FORWARD_ERRORS, Trace
 
 Site = Literal["norm", "input"]
@@ -92,7 +91,7 @@ class _Slot:
 
 def trace(model: nn.Module, dummy_input: Any) -> Trace:
     """The coupling graph of a copy of ``model``: one run in eval mode, one in train mode where the model has one."""
-    model = copy.deepcopy(model)
+    model = clone(model)
     adapt(model)
     result = Trace(model)
     with torch.random.fork_rng(devices=[]):
@@ -164,6 +163,11 @@ def _uncuttable(model: nn.Module, path: str) -> str | None:
     module = model.get_submodule(path)
     if isinstance(module, Norm) and parametrize.is_parametrized(module):
         return f"the affine of {path} is computed from other tensors (parametrized)"
+    stateful = any(hasattr(hook, "do_power_method") for hook in module._forward_pre_hooks.values())
+    if parametrize.is_parametrized(module):
+        stateful = next(module.get_submodule("parametrizations").buffers(), None) is not None
+    if stateful:
+        return f"every forward in train mode changes how the weight of {path} is computed (spectral norm)"
     return None
 
 

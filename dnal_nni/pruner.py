@@ -23,7 +23,7 @@ from .budget import Budget, Objective, exact_cut
 from .cost import CostModel, measure
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
-from .graph import Norm, call
+from .graph import Norm, call, clone
 from .groups import ChannelGroup, find_groups
 from .inject import attach, detach
 from .report import GroupReport, Report
@@ -126,7 +126,7 @@ class DNALPruner(Pruner):
         model = self.bound_model
         try:
             with torch.no_grad():
-                call(copy.deepcopy(model).eval(), self._dummy_input)
+                call(clone(model).eval(), self._dummy_input)
         except FORWARD_ERRORS as error:
             what = f" of shape {tuple(self._dummy_input.shape)}" if isinstance(self._dummy_input, Tensor) else ""
             raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
@@ -420,7 +420,7 @@ class DNALPruner(Pruner):
         for dtype in {native, torch.float64}:
             inputs = example_like(self._dummy_input, dtype)
             try:
-                pair = copy.deepcopy(self.bound_model).to(dtype), copy.deepcopy(slim).to(dtype)
+                pair = clone(self.bound_model).to(dtype), clone(slim).to(dtype)
                 checks[dtype] = difference(*pair, inputs)
             except FORWARD_ERRORS as error:
                 if dtype is native and native not in checks:

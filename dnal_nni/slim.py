@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import adapt
 from .bake import bake
-from .graph import Conv, Counted, Side, masked_statistics, whole_groups
+from .graph import Conv, Counted, Side, clone, masked_statistics, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
 
@@ -32,7 +31,7 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         groups: its channel groups; frozen ones and those that ``keep`` does not name stay whole.
         keep: by group name, bool ``[channels]``: what stays.
     """
-    slim = copy.deepcopy(model)
+    slim = clone(model)
     detach(slim)
     adapt(slim)
     masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)

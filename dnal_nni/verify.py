@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 import zlib
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gate import ScaledSigmoidGate
-from .graph import Norm, call, flatten_tensors
+from .graph import Norm, call, clone, flatten_tensors
 from .groups import ChannelGroup
 from .inject import attach
 from .slim import Keep, slim_copy
@@ -48,7 +47,7 @@ def example_like(dummy_input: Any, dtype: torch.dtype) -> Any:
 def difference(
     gated: nn.Module, slim: nn.Module, inputs: Any, watch: Collection[str] = ()
 ) -> tuple[float, float]:
-    """(max|gated - slim|, the same / max|gated|) over every tensor returned, the worse of eval and train mode.
+    """(max|gated - slim|, the same / max|gated|) over every tensor returned, the worst of eval, train and eval again.
 
     Dropout is off in both modes (it draws one number per channel); other random layers see the same seed. Train mode is
     left out for a model that does not run there, such as a detector without targets. Both modules are left in train
@@ -61,7 +60,7 @@ def difference(
         watch: paths of layers whose outputs are compared too. A detector may return nothing for random weights.
     """
     absolute = relative = 0.0
-    for mode in ("eval", "train"):
+    for mode in ("eval", "train", "eval"):
         try:
             expected = _outputs(gated, inputs, watch, mode)
         except FORWARD_ERRORS:
@@ -112,7 +111,7 @@ def whole_outputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[str]
 
 def _perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose norms and per-channel scales hide nothing: zero-initialised branches and tiny scales are moved."""
-    model = copy.deepcopy(model).to(dtype)
+    model = clone(model).to(dtype)
     generator = torch.Generator().manual_seed(0)
 
     def noise(x: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ def random_keep(groups: Sequence[ChannelGroup], fraction: float | None = 0.3, se
 
 def hard_gated_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
     """A copy of the ungated ``model`` whose gates are fixed to ``keep``."""
-    gated = copy.deepcopy(model)
+    gated = clone(model)
     gates = {g.name: ScaledSigmoidGate(g.channels) for g in groups if g.frozen is None}
     attach(gated, groups, gates)
     for name, gate in gates.items():
@@ -175,6 +174,8 @@ def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_in
     Returns:
         the number of comparisons made.
     """
+    if all(group.frozen is not None for group in groups):
+        return 0
     return _Verification(model, groups, dummy_input, seconds).run()
 
 
@@ -240,7 +241,7 @@ class _Verification:
         try:
             for x in inputs:
                 gated = hard_gated_copy(self.model, subset, keep)
-                _, gap = difference(gated, copy.deepcopy(slim), x, watch)
+                _, gap = difference(gated, clone(slim), x, watch)
                 if not gap <= self.tolerance:
                     return _Failure(f"removing channels would change the output by {gap:.1e} of its size", None)
         except FORWARD_ERRORS as error:
@@ -273,7 +274,7 @@ def _where(error: BaseException) -> nn.Module | None:
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:
-    trial = copy.deepcopy(model)
+    trial = clone(model)
     try:
         with torch.no_grad():
             for mode in (False, True):
@@ -299,7 +300,7 @@ def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, Any]:
         inputs = example_like(dummy_input, dtype)
         try:
             with torch.no_grad():
-                call(copy.deepcopy(trial).eval(), inputs)
+                call(clone(trial).eval(), inputs)
             return trial, inputs
         except FORWARD_ERRORS:
             continue
