@@ -210,12 +210,14 @@ class Network(nn.Module):
     ) -> None:
         if "net" in inspect.signature(make).parameters:
             options["net"] = self
-        made = make(*(values[s] for s in sources), **options)
-        if made is None:
-            return
-        module, kind = made if isinstance(made, tuple) else (made, values[sources[0]].kind)
-        known = next((n for n, m in self.named_children() if m is module), None)
+        module: nn.Module | None = None
+        known: str | None = None
         try:
+            made = make(*(values[s] for s in sources), **options)
+            if made is None:
+                return
+            module, kind = made if isinstance(made, tuple) else (made, values[sources[0]].kind)
+            known = next((n for n, m in self.named_children() if m is module), None)
             results = module(*(values[s].tensor for s in sources))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             # called again where it does not fit; writes into a view; views what is not contiguous, or was overwritten
@@ -471,7 +473,7 @@ class NonLocal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b = len(x)
-        q, k, v = (f(x).view(b, self.heads, -1, x[0, 0].numel()) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).view(b, self.heads, -1, math.prod(x.shape[2:])) for f in (self.q, self.k, self.v))
         y = v @ (q.transpose(-2, -1) @ k).softmax(-1)
         return x + self.project(y.reshape(b, -1, *x.shape[2:]))
 
@@ -881,7 +883,7 @@ def dropout(x: Value, *, kind: str = "element") -> Made:
 def pad(x: Value, *, value: float = 0.5, mode: str = "constant") -> Made:
     if not x.dims or max(x.space) > 8:
         return None
-    return Fn(lambda x: F.pad(x, (1, 0) * x[0, 0].dim(), mode, *[value] * (mode == "constant")))
+    return Fn(lambda x: F.pad(x, (1, 0) * (x.dim() - 2), mode, *[value] * (mode == "constant")))
 
 
 # -- ingredients: channels that meet, part and move -------------------------------------------------------------------
@@ -1081,9 +1083,9 @@ def mix(x: Value, *, how: str = "maxout") -> Made:
     if how == "coordinates":
         return Bare(torch.randn(1, 2, *x.space), True, "concat", 0)
     if how == "gram":
-        return Fn(lambda x: torch.einsum("bcn,bdn->bcd", x.flatten(2), x.flatten(2)).flatten(1) / x[0, 0].numel()), (
-            "vector"
-        )
+        return Fn(
+            lambda x: torch.einsum("bcn,bdn->bcd", x.flatten(2), x.flatten(2)).flatten(1) / math.prod(x.shape[2:])
+        ), ("vector")
     if c % 2:
         return None
     if how == "maxout":

@@ -28,11 +28,11 @@ FAST = (
     "resnet18",  # residual
     "mobilenet_v3_small",  # depthwise, squeeze and excitation
     "timm_regnety_002",  # grouped
-    "timm_hgnetv2_b0",  # concatenation, a scalar shift behind the activation
-    "timm_mixer_s32_224",  # linear layers alone
+    "timm_ese_vovnet19b_dw",  # concatenation
+    "timm_edgenext_xx_small",  # linear layers behind layer norms, attention
     "timm_fasternet_t0",  # split by stored sizes
     "lraspp_mobilenet_v3_large",  # a dict of outputs
-    "raft_small",  # two inputs, a recurrent module, a list of outputs
+    "squeezenet1_1",  # no norm at all
 )
 MUST_SHRINK = (
     "swin_t",
