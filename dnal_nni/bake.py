@@ -6,6 +6,7 @@ network computes with the whole filter; the cut network keeps exactly those valu
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,14 +18,13 @@ from .graph import Conv
 
 
 class _Capture(TorchDispatchMode):
-    """The weight of the first convolution, and whether the layer padded its input itself."""
+    """The weight that the first convolution is run with."""
 
     weight: Tensor | None = None
-    padding: list[int] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default and self.weight is None:
-            self.weight, self.padding = args[1].detach().clone(), args[4]
+            self.weight = args[1]
         return func(*args, **(kwargs or {}))
 
 
@@ -52,27 +52,35 @@ def bake(module: nn.Module) -> bool:
             baked = True
             hook.remove(module)
             del module._forward_pre_hooks[key]
-    plain = _plain_class(module)
-    if plain is not None:
-        with torch.no_grad(), _Capture() as capture:
-            module(torch.zeros(1, module.in_channels, *[32] * len(module.kernel_size)).to(module.weight))  # type: ignore[union-attr, arg-type]
-        if capture.weight is not None:
-            with torch.no_grad():
-                module.weight.copy_(capture.weight)  # type: ignore[operator, union-attr]
-            for name in set(module._parameters) - {"weight", "bias"}:
-                delattr(module, name)
-            module.__class__ = plain
-            baked = True
-    return baked
+    return _make_plain(module) or baked
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module] | None:
-    """For a weight-standardised convolution of timm, the convolution with the same padding."""
-    name = type(module).__name__
-    if not (isinstance(module, nn.Conv2d) and "Std" in name and type(module).forward is not nn.Conv2d.forward):
-        return None
-    if not name.endswith("Same"):
-        return nn.Conv2d
-    from timm.layers import Conv2dSame
-
-    return Conv2dSame
+def _make_plain(module: nn.Module) -> bool:
+    """Turn a convolution whose forward computes its weight (weight standardisation) into an ordinary one."""
+    ordinary = next((c for c in type(module).__mro__ if c.__module__ == "torch.nn.modules.conv"), None)
+    if not isinstance(module, Conv) or ordinary is None or type(module).forward is ordinary.forward:
+        return False
+    x = torch.randn(2, module.in_channels, *[32] * len(module.kernel_size)).to(module.weight)
+    with torch.no_grad(), _Capture() as capture:
+        expected = module(x)
+    if capture.weight is None or capture.weight is module.weight:
+        return False
+    candidates: list[type[nn.Module]] = [ordinary]
+    if "timm" in sys.modules and ordinary is nn.Conv2d:
+        candidates.append(sys.modules["timm"].layers.Conv2dSame)
+    original, state, parameters = type(module), dict(module.__dict__), dict(module._parameters)
+    weight = capture.weight.detach().clone()
+    for candidate in candidates:
+        module.__class__ = candidate
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=parameters["weight"].requires_grad))  # type: ignore[union-attr]
+        for name in set(module._parameters) - {"weight", "bias"}:
+            del module._parameters[name]
+        with torch.no_grad():
+            got = module(x)
+        if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
+            return True
+        module.__dict__.update(state)
+        module._parameters.clear()
+        module._parameters.update(parameters)
+        module.__class__ = original
+    return False

@@ -16,7 +16,7 @@ from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
 from .bake import bake
 from .errors import DNALError
-from .graph import Conv, clone
+from .graph import Conv, RMSNorm, clone
 from .slim import CHANGES
 
 FORMAT = "dnal_nni/1"
@@ -43,7 +43,7 @@ def _sizes(model: nn.Module) -> dict[str, dict[str, int]]:
     } | {
         path: {"normalized_shape": module.normalized_shape[0]}
         for path, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+        if isinstance(module, (nn.LayerNorm, RMSNorm)) and len(module.normalized_shape) == 1
     }
 
 

@@ -43,6 +43,11 @@ def axes_of(array: Tensor) -> tuple[int, ...]:
     return tuple(i for i, n in enumerate(array.shape) if n > 1)
 
 
+def lay(line: Tensor, axis: int, rank: int) -> Tensor:
+    """A line of labels, laid along one axis of a tensor."""
+    return line.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
 def _compress(array: Tensor) -> Tensor:
     for axis in range(array.dim()):
         if array.shape[axis] > 1:
@@ -322,10 +327,11 @@ def same(flow: Flow, op: Operation) -> None:
 
 
 def like(flow: Flow, op: Operation) -> None:
-    """A new tensor of the shape of the first: its channels come and go with those."""
+    """A new tensor with the sizes of the first along labelled axes: its channels come and go with those."""
     labels = op.labels[0]
-    if labels is not None and isinstance(op.out, Tensor) and op.out.shape == labels.shape:
-        flow.put(op.out, labels.arrays, None)
+    if labels is not None and op.out.dim() == len(labels.shape):
+        kept = [a for a in labels.arrays if all(op.out.shape[axis] == a.shape[axis] for axis in axes_of(a))]
+        flow.put(op.out, kept, None)
 
 
 def move(flow: Flow, op: Operation) -> None:
@@ -594,27 +600,46 @@ def attention(flow: Flow, op: Operation) -> None:
 
 
 def convolution(flow: Flow, op: Operation) -> None:
-    """A convolution that is no layer: one kernel for each channel couples with it, anything else freezes."""
-    x, weight = flow.of(op.args[0]), flow.of(op.args[1])
-    groups = op.argument("groups", 1)
-    channels = op.args[0].shape[1]
-    if x is not None and groups == channels == op.args[1].shape[0] and not op.argument("transposed", False):
-        spatial = list(range(2, len(x.shape)))
-        arrays = flow.mix(x, spatial, "a convolution runs over the channels")
-        kernel = op.args[1]
-        bias = flow.of(op.args[2])
-        columns: list[tuple[Sequence[int], Arrays]] = [((1, *x.shape[1:2]), tuple(a.reshape(a.shape[:2]) for a in arrays))]
-        columns.append(((kernel.shape[0],), tuple(a.reshape(-1) for a in weight.arrays if axes_of(a) == (0,)) if weight else ()))
-        if op.args[2] is not None:
-            columns.append((op.args[2].shape, bias.arrays if bias else ()))
+    """A convolution that is no layer: its kernel may be one for each channel, or a bare parameter."""
+    x, weight, bias = (flow.of(op.argument(name)) for name in ("input", "weight", "bias"))
+    kernel, offset = op.argument("weight"), op.argument("bias")
+    groups, channels = op.argument("groups", 1), op.argument("input").shape[1]
+    if groups == channels == kernel.shape[0] and not op.argument("transposed", False):
+        if x is None:
+            flow.freeze(weight, "a convolution with fixed channels")
+            return
+        lines = flow.mix(x, [0, *range(2, len(x.shape))], "a convolution runs over the channels")
+        columns: list[tuple[Sequence[int], Arrays]] = [
+            ((channels,), tuple(a.reshape(-1) for a in lines)),
+            ((channels,), tuple(a.reshape(-1) for a in weight.arrays if axes_of(a) == (0,)) if weight else ()),
+        ]
+        if offset is not None:
+            columns.append((offset.shape, bias.arrays if bias else ()))
         met = flow.meet(columns, "a convolution with a fixed kernel")
         for array in met:
-            flow.note_sizes([groups], array, (1, groups))
-        extended = [a.reshape(*a.shape, *[1] * (op.out.dim() - 2)) for a in met]
-        flow.put(op.out, extended, x.site if op.args[2] is None else None)
+            flow.note_sizes([groups], array, (groups,))
+        flow.put(op.out, [lay(array, 1, op.out.dim()) for array in met], x.site if offset is None else None)
         return
-    for labels in op.labels:
-        flow.freeze(labels, "a convolution that is no layer")
+    reads, makes = (0, 1) if op.argument("transposed", False) else (1, 0)
+    sides = [next((a for a in weight.arrays if axes_of(a) == (d,)), None) if weight else None for d in (reads, makes)]
+    reader, source = (flow.parameter(a) if a is not None else None for a in sides)
+    if groups > 1 or source is None or reader is None and x is not None:
+        for labels in (x, weight, bias):
+            flow.freeze(labels, "a convolution that is no layer")
+        return
+    arrived = [a for a in x.arrays if axes_of(a) == (1,)] if x is not None else []
+    if reader is not None and len(arrived) == 1 and x is not None and len(x.arrays) == 1:
+        flow.graph.couple(reader.ids, arrived[0].reshape(-1), flow.why("channels beside fixed ones"))
+        flow.graph.read_by(reader, x.site)
+    else:
+        flow.freeze(x, "a convolution runs over the channels")
+        if reader is not None:
+            flow.graph.freeze(reader.ids, flow.why("a convolution reads fixed channels"))
+    flow.graph.producers.add(source.key)
+    if offset is not None:
+        made = [((source.size,), (source.ids,)), (offset.shape, bias.arrays if bias else ())]
+        flow.meet(made, "a convolution with a fixed bias")
+    flow.put(op.out, [lay(source.ids, 1, op.out.dim())], None)
 
 
 def batch_norm(flow: Flow, op: Operation) -> None:
@@ -630,7 +655,7 @@ def batch_norm(flow: Flow, op: Operation) -> None:
             operands.append((tensor.shape, labels.arrays if labels else ()))
     met = flow.meet(operands, "batch norm with fixed statistics")
     out = next(flatten_tensors(op.out))
-    flow.put(out, [a.reshape(*a.shape, *[1] * (out.dim() - 2)) for a in met], None)
+    flow.put(out, [lay(a, 1, out.dim()) for a in met], None)
 
 
 def roi(flow: Flow, op: Operation) -> None:
@@ -674,7 +699,11 @@ def as_strided(flow: Flow, op: Operation) -> None:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "dropout"), same),
     **dict.fromkeys(
-        ("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli"), like
+        (
+            *("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli"),
+            *("new_empty", "new_zeros", "new_ones", "new_full"),
+        ),
+        like,
     ),
     **dict.fromkeys(
         (

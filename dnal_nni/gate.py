@@ -145,23 +145,23 @@ class StatisticsGate(ChannelFactor):
         factor = self.factor()
         if factor is None:
             return out
-        lifted = x if x.dtype == torch.float64 else x.float()
-        lifted = lifted.movedim(self.axis, 1 if x.dim() > 1 else 0)
-        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
-        y = lifted.unflatten(1, (groups, -1)).flatten(3) if isinstance(norm, nn.GroupNorm) else lifted[:, None]
-        g = factor.to(y.dtype).view(groups, -1, *[1] * (y.dim() - 3))
-        over = [d for d in range(2, y.dim())] if isinstance(norm, nn.GroupNorm) else [2]
-        n = (g.expand(y.shape[1:]).sum([d - 1 for d in over], keepdim=True)) + 1e-12
-        mean = (g * y).sum(over, keepdim=True) / n
-        var = (g * (y - mean).square()).sum(over, keepdim=True) / n
-        y = (y - mean) * (var + norm.eps).rsqrt()
-        y = y.reshape(lifted.shape)
-        shape = [-1 if d == 1 else 1 for d in range(y.dim())]
+        grouped = isinstance(norm, nn.GroupNorm)
+        y = (x if x.dtype == torch.float64 else x.float()).movedim(self.axis, -1)  # [..., C]
+        g = factor.to(y.dtype)
+        if grouped:  # [B, spatial, groups, C / groups]: statistics run over space too
+            y = y.reshape(x.shape[0], -1, norm.num_groups, x.shape[self.axis] // norm.num_groups)
+            g = g.view(norm.num_groups, -1)
+        over = (1, 3) if grouped else (-1,)
+        n = g.sum(-1, keepdim=True) * (y.shape[1] if grouped else 1)
+        centred = y if not hasattr(norm, "bias") else y - (g * y).sum(over, keepdim=True) / n  # RMSNorm has no mean
+        eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
+        y = centred * ((g * centred.square()).sum(over, keepdim=True) / n + eps).rsqrt()
+        y = y.reshape(x.movedim(self.axis, -1).shape)
         if norm.weight is not None:
-            y = y * norm.weight.to(y.dtype).view(shape)
-        if norm.bias is not None:
-            y = y + norm.bias.to(y.dtype).view(shape)
-        y = y.movedim(1, self.axis).to(out.dtype)
+            y = y * norm.weight.to(y.dtype)
+        if getattr(norm, "bias", None) is not None:
+            y = y + norm.bias.to(y.dtype)
+        y = y.movedim(-1, self.axis).to(out.dtype)
         for name, child in norm.named_children():  # timm's norms hold the dropout and activation that follow
             if child is not self and name != "parametrizations":
                 y = child(y)

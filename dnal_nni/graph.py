@@ -19,7 +19,14 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 Conv = nn.modules.conv._ConvNd
-Norm = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+RMSNorm: Any = getattr(nn, "RMSNorm", ())  # torch 2.4
+Norm: Any = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    RMSNorm,
+)
 Counted = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)  # hold no tensors, but fvcore counts them
 
 Side = Literal["out", "in", "both", "size"]
@@ -42,7 +49,7 @@ def masked_statistics(norm: nn.Module) -> bool:
     """
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups < norm.num_channels // norm.num_groups
-    return isinstance(norm, nn.LayerNorm)
+    return isinstance(norm, (nn.LayerNorm, RMSNorm))
 
 
 def flatten_tensors(out: Any) -> Iterator[Tensor]:

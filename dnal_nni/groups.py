@@ -1,4 +1,4 @@
-"""Channel groups: units of the coupling graph with the same producers, one gate each."""
+"""Channel groups: units of the coupling graph in the same layers, one gate each."""
 
 from __future__ import annotations
 
@@ -131,22 +131,16 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
         return modules.get(path, modules.get(path.rpartition(".")[0], -1)), path
 
     slots.sort(key=lambda slot: (rank(slot.key[0]), slot.key[1], -1 if slot.key[2] is None else slot.key[2]))
-    producers_of: dict[int, list[VertexKey]] = defaultdict(list)
-    touching: dict[int, list[_Slot]] = defaultdict(list)
-    for slot in slots:
+    touching: dict[int, list[int]] = defaultdict(list)  # unit -> slots
+    for i, slot in enumerate(slots):
         for unit in np.unique(slot.units[slot.units >= 0]):
-            touching[int(unit)].append(slot)
-            if slot.key in graph.producers:
-                producers_of[int(unit)].append(slot.key)
-    parts: dict[tuple[VertexKey, ...], list[int]] = defaultdict(list)
-    for unit, producers in producers_of.items():
-        parts[tuple(producers)].append(unit)
-
-    groups = []
-    for keys, units in parts.items():
-        concerned = {id(slot): slot for unit in units for slot in touching[unit]}
-        chosen = [slot for slot in slots if id(slot) in concerned]
-        groups.append(_make_group(traced, keys, chosen, units, frozen))
+            touching[int(unit)].append(i)
+    # one group for all units in the same layers: whatever its gate leaves open, no layer is left without channels
+    parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for unit, where in touching.items():
+        if any(slots[i].key in graph.producers for i in where):
+            parts[tuple(where)].append(unit)
+    groups = [_make_group(traced, [slots[i] for i in where], units, frozen) for where, units in parts.items()]
     groups.sort(key=lambda group: (rank(group.producers[0]), _first_channel(group)))
     names = [g.name for g in groups]
     for group in groups:
@@ -171,10 +165,9 @@ def _uncuttable(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def _make_group(
-    traced: Trace, producers: tuple[VertexKey, ...], slots: list[_Slot], units: list[int], frozen: dict[int, str]
-) -> ChannelGroup:
-    root = next(slot for slot in slots if slot.key == producers[0])
+def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dict[int, str]) -> ChannelGroup:
+    sources = [slot for slot in slots if slot.key in traced.graph.producers]
+    root = sources[0]
     # units are numbered in the order of the root's channels, whatever labels the graph gave them
     in_root = root.units[np.isin(root.units, units)]
     number = {int(u): i for i, u in enumerate(dict.fromkeys(in_root.tolist()))}
@@ -199,11 +192,11 @@ def _make_group(
     if reason is None and unnormed:
         reason = f"the forward reads {unnormed[0]} itself: there is no layer that a gate could sit on"
     return ChannelGroup(
-        name=producers[0][0],
+        name=root.key[0],
         channels=len(units),
         width=len(in_root),
         members=tuple(members),
-        producers=tuple(dict.fromkeys(key[0] for key in producers)),
+        producers=tuple(dict.fromkeys(slot.key[0] for slot in sources)),
         norms=norms,
         site="norm" if norms else "input",
         frozen=reason,

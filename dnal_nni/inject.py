@@ -56,7 +56,7 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
         norm = model.get_submodule(path)
         involved, index = _index(sources)
         for name in ("weight", "bias"):
-            if getattr(norm, name) is not None:
+            if getattr(norm, name, None) is not None:
                 factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
                 parametrize.register_parametrization(norm, name, factor)
     for path, sources in inputs.items():

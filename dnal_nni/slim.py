@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import adapt
 from .bake import bake
-from .graph import Conv, Counted, Side, clone, masked_statistics, whole_groups
+from .graph import Conv, Counted, RMSNorm, Side, clone, masked_statistics, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
 
@@ -109,7 +109,7 @@ def _cut_module(module: nn.Module, sides: Mapping[Side, Tensor]) -> None:
             if not masked_statistics(module):
                 module.num_groups = module.num_groups * left // module.num_channels
             module.num_channels = left
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, (nn.LayerNorm, RMSNorm)):
             module.normalized_shape = (left,)
         elif isinstance(module, nn.PReLU):
             module.num_parameters = left

@@ -15,8 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .flow import Flow, Labels, axes_of
-from .graph import Conv, Counted, CouplingGraph, Norm, Vertex, call, flatten_tensors, masked_statistics, whole_groups
+from .flow import Flow, Labels, axes_of, lay
+from .graph import (
+    Conv,
+    Counted,
+    CouplingGraph,
+    Norm,
+    RMSNorm,
+    Vertex,
+    call,
+    flatten_tensors,
+    masked_statistics,
+    whole_groups,
+)
 
 # what a forward pass of somebody else's module raises
 FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -24,7 +35,7 @@ FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is read as a whole, not op by op."""
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, RMSNorm)):
         return len(module.normalized_shape) == 1
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
@@ -39,7 +50,6 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         graph: the coupling graph.
-        computed: paths of convolutions and linear layers whose weight is computed from other tensors.
         channel_dims: for every norm, its channel dimension, counted from the end.
     """
 
@@ -47,7 +57,6 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.graph = CouplingGraph()
-        self.computed: set[str] = set()
         self.channel_dims: dict[str, int] = {}
         self.flow = Flow(self.graph, self._leaf, self._frame)
         self._frames: list[tuple[str, str]] = [("", type(model).__name__)]
@@ -80,17 +89,14 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._inside is None:
             return self.flow.run(func, args, kwargs)
-        if func.overloadpacket.__name__ in ("convolution", "mm", "addmm"):
-            weight = args[1] if func.overloadpacket.__name__ == "convolution" else None
-            if weight is not None and self._tensors.get(id(weight)) != f"{self._inside}.weight":
-                self.computed.add(self._inside)
         return func(*args, **kwargs)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         handles = []
         for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            # ahead of the hooks of torch.nn.utils.weight_norm, which belong to the layer
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         try:
             yield
@@ -166,10 +172,9 @@ class Trace(TorchDispatchMode):
                 self.graph.couple(ends[0], ends[1], "")
         if not per_channel:
             self.graph.producers.add(source.key)
-        shape = [1] * out.dim()
-        shape[axis] = n_out
         zero = per_channel and getattr(module, "bias", None) is None
-        self.flow.put(out, [source.ids.reshape(shape), *passed] if n_out > 1 else passed, site if zero else None)
+        made = [lay(source.ids, axis, out.dim())] if n_out > 1 else []
+        self.flow.put(out, [*made, *passed], site if zero else None)
 
     def _counted(self, path: str, out: Tensor) -> None:
         """A layer without tensors whose cost goes with its channels."""
@@ -185,7 +190,7 @@ class Trace(TorchDispatchMode):
         width = next(getattr(module, name) for name in sizes if hasattr(module, name))
         axis = 1
         others = [a for a in range(x.dim()) if a != 1]
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, (nn.LayerNorm, RMSNorm)):
             (width,) = width
             axis = self._normalised_axis(x, labels, width)
             others = [a for a in range(x.dim()) if a != axis]
@@ -209,9 +214,8 @@ class Trace(TorchDispatchMode):
         else:
             zeroed = getattr(module, "weight", None) is not None and not passed
             site = frozenset([path]) if zeroed else None
-        shape = [1] * out.dim()
-        shape[axis] = width
-        self.flow.put(out, [vertex.ids.reshape(shape), *passed] if width > 1 else passed, site)
+        made = [lay(vertex.ids, axis, out.dim())] if width > 1 else []
+        self.flow.put(out, [*made, *passed], site)
 
     @staticmethod
     def _normalised_axis(x: Tensor, labels: Labels | None, width: int) -> int:
@@ -255,7 +259,5 @@ class Trace(TorchDispatchMode):
         for dim, size in enumerate(tensor.shape):
             if size > 1:
                 vertex = self.graph.vertex(name, "both", size, dim)
-                shape = [1] * tensor.dim()
-                shape[dim] = size
-                arrays.append(vertex.ids.reshape(shape))
+                arrays.append(lay(vertex.ids, dim, tensor.dim()))
         return Labels(tensor.shape, tuple(arrays), None) if arrays else None
