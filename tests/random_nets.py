@@ -1374,32 +1374,34 @@ def any_op() -> st.SearchStrategy[Op]:
     return st.sampled_from(names).flatmap(table.__getitem__)
 
 
+PLAIN: dict[str, st.SearchStrategy[Any]] = dict(
+    norm=st.sampled_from((None, "batch")), act=st.sampled_from((None, "relu"))
+)
+
+
 def plain_op() -> st.SearchStrategy[Op]:
     """Steps after which it is beyond doubt what a closed gate computes: zeros at the input of every reader."""
-    plain = dict(norm=st.sampled_from((None, "batch")), act=st.sampled_from((None, "relu")))
     return st.one_of(
-        drawn("conv", **plain, groups=st.just("one"), weight=st.just("plain")),
-        drawn("conv", **plain, groups=st.just("depthwise"), weight=st.just("plain"), bias=st.just(False)),
-        drawn("residual", norm=st.just("batch"), act=plain["act"], drop=st.just(0.0)),
+        drawn("conv", **PLAIN, groups=st.just("one"), weight=st.just("plain")),
+        drawn("conv", **PLAIN, groups=st.just("depthwise"), weight=st.just("plain"), bias=st.just(False)),
+        drawn("residual", norm=st.just("batch"), act=PLAIN["act"], drop=st.just(0.0)),
         drawn("meet", how=st.just("add")),
         drawn("concat"),
         drawn("pool", kind=st.sampled_from(("max", "avg", "adaptive", "mean"))),
         drawn("act", kind=st.just("relu")),
-        drawn("linear", **plain),
+        drawn("linear", **PLAIN),
         drawn("flatten"),
     )
 
 
 @st.composite
 def programs(draw: st.DrawFn, plain: bool = False) -> Program:
-    """A random program of up to nine steps; ``plain``: of :func:`plain_op` only."""
+    """A random program of up to ten steps; ``plain``: of :func:`plain_op` only."""
     dims = draw(st.sampled_from((2, 2, 2, 1, 3)))
-    first = drawn("conv", groups=st.just("one"), weight=st.just("plain"))
+    first = drawn("conv", **(PLAIN if plain else {}), groups=st.just("one"), weight=st.just("plain"))
     ops = draw(st.lists(plain_op() if plain else any_op(), min_size=2, max_size=9))
-    if not plain:
-        ops = [draw(first), *ops]
     return Program(
-        tuple(ops),
+        (draw(first), *ops),
         inputs=draw(st.sampled_from(((3,), (3,), (3,), (4,), (3, 4), (4, 4)))),
         dims=dims,
         size=4 if dims == 3 else draw(st.sampled_from((8, 6, 4))),

@@ -174,8 +174,11 @@ def closed_at_the_readers(net: nn.Module, groups: Sequence[ChannelGroup], keep: 
     return net
 
 
-def check(program: Program, reference: bool = False) -> list[ChannelGroup] | None:
-    """The promise. Returns the groups."""
+KEPT = ("random", "single", "all but one")
+
+
+def check(program: Program, reference: bool = False, kept: Sequence[str] = KEPT) -> list[ChannelGroup] | None:
+    """The promise, for one mask for each word of ``kept``. Returns the groups."""
     with time_limit(LIMIT):
         found = verified(program)
         if found is None:
@@ -186,7 +189,7 @@ def check(program: Program, reference: bool = False) -> list[ChannelGroup] | Non
             examples.pop(0)
         if program.dims < 3 and runs(net, larger := program.example(2, seed=3, size=program.size + 2)):
             examples.append(larger)
-        for number, how in enumerate(("random", "single", "random", "all but one")):
+        for number, how in enumerate(kept):
             keep = masks(groups, how, 100 + number)
             gated, slim = hard_gated_copy(net, groups, keep), slim_copy(net, groups, keep)
             if keep:
@@ -199,7 +202,7 @@ def check(program: Program, reference: bool = False) -> list[ChannelGroup] | Non
         return groups
 
 
-def hunt(number: int, plain: bool) -> Counter[str]:
+def hunt(number: int, plain: bool, kept: Sequence[str] = KEPT) -> Counter[str]:
     """Check ``number`` different random networks; count what became of their groups.
 
     Ten at a time, because hypothesis repeats itself with small variations in longer runs.
@@ -224,7 +227,7 @@ def hunt(number: int, plain: bool) -> Counter[str]:
             if repr(program) in seen:
                 return
             note(f"to be pasted: {program}")
-            groups = check(program, reference=plain)
+            groups = check(program, plain, kept)
             seen.add(repr(program))
             tally["networks"] += 1
             tally["refused"] += groups is None
@@ -236,19 +239,19 @@ def hunt(number: int, plain: bool) -> Counter[str]:
 
 def test_random_networks_are_exact_or_left_whole() -> None:
     tally = hunt(50, plain=False)
-    assert tally["refused"] <= 2 and tally["cut"] >= 0.7 * tally["networks"], tally
+    assert tally["refused"] <= 2 and tally["cut"] >= tally["networks"], tally
 
 
 def test_random_plain_networks_compute_what_closed_channels_mean() -> None:
     tally = hunt(15, plain=True)
-    assert not tally["refused"] and tally["cut"] >= 2 * tally["networks"], tally
+    assert not tally["refused"] and tally["cut"] >= 1.3 * tally["networks"], tally
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_thousand_random_networks(plain: bool) -> None:
-    tally = hunt(200 if plain else 1000, plain)
-    assert tally["cut"] >= 0.7 * tally["networks"], tally
+    tally = hunt(200 if plain else 1000, plain, kept=(*KEPT, "random", "random"))
+    assert tally["refused"] <= 0.02 * tally["networks"] and tally["cut"] >= tally["networks"], tally
 
 
 REGRESSIONS = [
@@ -264,6 +267,20 @@ REGRESSIONS = [
     Program((op("conv", weight="old_weight_norm"),)),
     # nothing in it has parameters
     Program((op("act"),), head="none"),
+    # half of seven channels, or half of what were eight
+    Program((op("conv"), op("slice")), head="conv"),
+    Program((op("conv", width=5), op("conv", width=5), op("slice", form="constant"))),
+    Program(
+        (
+            op("conv", width=12, norm="group"),
+            op("slice", form="pick"),
+            op("known", at=1),
+            op("functional", form="einsum"),
+        )
+    ),
+    # training moves what its weight is divided by
+    Program((op("conv", kernel=1, weight="spectral_norm"),)),
+    Program((op("conv", norm="batch", weight="spectral_norm"),), training=False),
 ]
 
 
