@@ -130,12 +130,14 @@ def _torchvision() -> list[Entry]:
     add("classification", "inception_v3", 299, 299, init_weights=False)
     add("segmentation", "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large", 64, 64, aux_loss=True)
     add("segmentation", "lraspp_mobilenet_v3_large", 64, 64)
-    one_stage = ("backbone", "head")
+    one_stage = ("head",)
     add("detection", "ssd300_vgg16 ssdlite320_mobilenet_v3_large", 128, 128, heads=one_stage)  # resized to 300, 320
     add("detection", "retinanet_resnet50_fpn fcos_resnet50_fpn", 96, 96, heads=one_stage, min_size=96, max_size=128)
-    two_stage = ("backbone", "rpn.head", "roi_heads.box_predictor")
+    two_stage = ("rpn.head", "roi_heads.box_predictor")
     # few boxes: the heads behind them cost more than the rest
     small = {"min_size": 96, "max_size": 128, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
+    # and always as many: random weights would give another number of boxes, and of FLOPs, to every network
+    small |= {"rpn_nms_thresh": 1.0, "box_score_thresh": 0.0, "box_nms_thresh": 1.0}
     faster = "fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_resnet50_fpn"
     add("detection", faster, 96, 96, heads=two_stage, **small)
     add("detection", "maskrcnn_resnet50_fpn", 96, 96, heads=(*two_stage, "roi_heads.mask_predictor"), **small)

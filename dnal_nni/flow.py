@@ -204,7 +204,7 @@ class Flow:
         name = func.overloadpacket.__name__
         in_place = name.endswith("_") and not name.endswith("__")
         rule = RULES.get(name.rstrip("_") if in_place else name)
-        if rule is None and torch.Tag.pointwise in func.tags:
+        if rule is None and _is_pointwise(func, name):
             rule = pointwise
         if rule in (pointwise, None) and in_place and isinstance(args[0], Tensor):
             self._forget_sites(args[0])
@@ -225,6 +225,13 @@ class Flow:
         for tensor, labels in list(self._labels.items()):
             if labels.site is not None and tensor.untyped_storage().data_ptr() == storage.data_ptr():
                 self._labels[tensor] = dataclasses.replace(labels, site=None)
+
+
+def _is_pointwise(func: Any, name: str) -> bool:
+    """torch's own tag; in-place variants do not all carry it."""
+    functional = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
+    overloads = [func] if functional is None else [func, *(getattr(functional, o) for o in functional.overloads())]
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 @dataclasses.dataclass
@@ -687,6 +694,22 @@ def index(flow: Flow, op: Operation) -> None:
     flow.put(op.out, moved, labels.site)
 
 
+def index_put(flow: Flow, op: Operation) -> None:
+    """Rows written into a tensor: their channels meet those of the other rows, or fill a new tensor."""
+    target, values = flow.of(op.args[0]), flow.of(op.argument("values"))
+    indices = op.argument("indices")
+    rows = len(indices) == 1 and indices[0].dtype in (torch.int64, torch.bool) and indices[0].dim() == 1
+    if not rows or values is None or len(values.shape) != op.out.dim() or any(0 in axes_of(a) for a in values.arrays):
+        for labels in op.labels:
+            flow.freeze(labels, "writing by index")
+    elif target is None:
+        flow.put(op.out, values.arrays, None)
+    else:
+        one_row = [(labels.shape[1:], tuple(a[0] for a in labels.arrays)) for labels in (target, values)]
+        met = flow.meet(one_row, "rows beside rows with fixed channels")
+        flow.put(op.out, [a[None] for a in met], None)
+
+
 def as_strided(flow: Flow, op: Operation) -> None:
     """torch changes the memory format of some results in place; any other use is not followed."""
     labels = op.labels[0]
@@ -697,6 +720,8 @@ def as_strided(flow: Flow, op: Operation) -> None:
 
 
 RULES: dict[str, Rule] = {
+    # without torch's tag
+    **dict.fromkeys(("hardswish", "hardsigmoid", "hardtanh", "mish", "rrelu", "celu", "selu", "softshrink"), pointwise),
     **dict.fromkeys(("clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "dropout"), same),
     **dict.fromkeys(
         (
@@ -751,6 +776,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("roi_align", "roi_pool", "ps_roi_align"), roi),
     "index": index,
+    "index_put": index_put,
     "as_strided": as_strided,
 }
 RULES["flip"] = move
