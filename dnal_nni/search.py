@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, held_open, price
+from .budget import Objective, floor_ranks, held_open, price
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv
@@ -95,8 +95,11 @@ class Search:
         self.score = torch.zeros(sum(g.channels for g in groups), dtype=torch.float64, device=device)
         self.momentum = torch.zeros_like(self.score)
         self.scale = torch.zeros((), dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         if objective is not None:
-            self.floor = objective.floor()
+            self.floor = objective.to("cpu").floor()
+            objective.to(device)
+            self.within_floor = floor_ranks(objective.sizes, self.floor).to(device)
             self.score = importance(model, groups).to(device)
         self._trainable: list[nn.Parameter] = []
         self.saved: dict[str, Tensor] = {}
@@ -165,11 +168,16 @@ class Search:
         self.after_optimizer_step()
 
     def penalised(self, loss: Tensor) -> Tensor:
-        """The loss of the coming step: with the paper's regulariser where there is no objective; an error if NaN."""
-        if not bool(torch.isfinite(loss.detach()).all()):
+        """The loss of the coming step: with the paper's regulariser where there is no objective; an error if NaN.
+
+        On a GPU, looking at the loss would wait for the device: there it is looked at with every entry of the history.
+        """
+        wrong = ~torch.isfinite(loss.detach()).all() & (self.bad_step < 0)
+        self.bad_step.masked_fill_(wrong.to(self.bad_step.device), self.done)
+        if (not loss.is_cuda or self._reports(self.done + 1)) and int(self.bad_step) >= 0:
             raise DNALError(
-                f"the loss is {loss.detach().mean().item()} at search step {self.done}: lower the learning rate, check "
-                "the data, or use float32; the model's weights have been put back"
+                f"the loss is nan or infinite at search step {int(self.bad_step)}: lower the learning rate, check the "
+                "data, or use float32; the model's weights have been put back"
             )
         if self.objective is not None or self.done >= self.steps:
             return loss
@@ -195,11 +203,14 @@ class Search:
             self._set_gates()
         self._choose_phase()
         self.bar.update()
-        if self.done % max(1, self.steps // 100) == 0 or self.done == self.steps:
+        if self._reports(self.done):
             g = torch.cat([gate().detach() for gate in self.gates]).double()
             cost = float(self.objective.relative(g).mean()) if self.objective is not None else float(g.mean())
             self.history.append({"step": self.done, "delta": float(self.gates[0].delta), "cost": cost})
             self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
+
+    def _reports(self, step: int) -> bool:
+        return step % max(1, self.steps // 100) == 0 or step == self.steps
 
     def _choose_phase(self) -> None:
         for parameter in self._trainable:
@@ -239,12 +250,10 @@ class Search:
             delta, s = delta_paper(self.done, self.steps), self.score
         else:
             delta = delta_per_step(self.done, self.steps)
-            held = held_open(self.score, self.objective.sizes, self.floor)
-            targets = self.objective.targets.to(self.score.device)
-            aims = torch.ones_like(targets) * 0.98
-            share = ramp(self.done, self.steps, 1.0, 0.0)
-            aims = targets + (aims - targets) * share
-            s = self.score - price(self.objective, self.score, delta, held, aims)[self.objective.owner.to(held.device)]
+            held = held_open(self.score, self.objective.group_of, self.within_floor)
+            targets = self.objective.targets
+            aims = targets + (0.98 - targets) * ramp(self.done, self.steps, 1.0, 0.0)
+            s = self.score - price(self.objective, self.score, delta, held, aims)[self.objective.owner]
             # held open: far enough on the open side
             s = torch.where(held, s.clamp(min=6.0 / delta), s)
         for gate, part in zip(self.gates, s.split([gate.s.numel() for gate in self.gates])):
