@@ -14,6 +14,8 @@ from dnal_nni import Budget, DNALError, DNALPruner, measure
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 STEPS = 60
 
@@ -117,7 +119,7 @@ def test_autocast_and_channels_last() -> None:
     weight = slim.get_submodule("layer1.0.conv1").weight
     assert isinstance(weight, Tensor) and weight.is_contiguous(memory_format=torch.channels_last)
     assert all(gate.s.dtype == torch.float32 for gate in pruner.gates.values())
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         gated, cut = model.eval()(images), slim.eval()(images)
     assert torch.allclose(gated.float(), cut.float(), rtol=0.05, atol=0.05 * float(gated.abs().max()))
 
