@@ -131,7 +131,7 @@ def floor_ranks(sizes: Sequence[int], floor: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(size) < least for size, least in zip(sizes, floor)])
 
 
-def price(objective: Objective, score: Tensor, delta: float, held: Tensor, targets: Tensor) -> Tensor:
+def price(objective: Objective, score: Tensor, delta: Tensor, held: Tensor, targets: Tensor) -> Tensor:
     """The price per target at which ``sigmoid(delta * (score - price))`` costs ``targets``, without a host sync.
 
     The cost falls as the price rises, so a bracket is narrowed: 16 prices at a time (one pass over the cost model), to
@@ -150,7 +150,7 @@ def price(objective: Objective, score: Tensor, delta: float, held: Tensor, targe
     return high
 
 
-def gates(s: Tensor, delta: float, held: Tensor) -> Tensor:
+def gates(s: Tensor, delta: Tensor, held: Tensor) -> Tensor:
     """``sigmoid(delta * s)``, 1 where held open."""
     return torch.where(held, torch.ones_like(s), torch.sigmoid(delta * s))
 

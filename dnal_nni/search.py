@@ -47,6 +47,64 @@ def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
     return torch.cat(scores)
 
 
+class Scores:
+    """What every unit is worth, and what the gates should be at each step of a search under an objective.
+
+    A gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's weights and collects
+    ``-dL/dg`` per unit of cost; the price is set at every step so that the expected cost follows a descent to the
+    target. A gate thus closes when it is worth less, per cost, than what the budget can afford, and reopens when it is
+    worth more. Everything stays on the device of the scores, without a host sync: a step can be put into a CUDA graph.
+
+    Args:
+        objective: what the search is held to.
+        start: the first scores, float64 ``[units]``.
+        steps: planned number of steps.
+        updates: how many of them call :meth:`update`.
+
+    Attributes:
+        value: the scores, float64 ``[units]``.
+        floor: units that stay open in each group.
+    """
+
+    def __init__(self, objective: Objective, start: Tensor, steps: int, updates: int) -> None:
+        self.objective, self.updates = objective, updates
+        self.floor = objective.to("cpu").floor()
+        objective.to(start.device)
+        self.within_floor = floor_ranks(objective.sizes, self.floor).to(start.device)
+        self.value = start.clone()
+        self.momentum = torch.zeros_like(start)
+        self.scale = start.new_zeros(())
+        self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
+        descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
+        self.aims = objective.targets + (0.98 - objective.targets) * descent
+
+    @torch.no_grad()
+    def update(self, grad: Tensor, g: Tensor) -> None:
+        """One architecture step from dL/dg at the gates ``g``, both ``[units]``."""
+        g = g.to(self.value.dtype).requires_grad_()
+        with torch.enable_grad():
+            (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
+        worth = -grad.to(self.value.dtype) / marginal.clamp(min=1e-12)  # loss saved per unit of cost
+        mean_square = worth.square().mean()
+        self.scale.copy_(torch.where(self.scale == 0, mean_square, 0.9 * self.scale + 0.1 * mean_square))
+        worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
+        self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
+        self.value.add_(self.momentum, alpha=REACH / self.updates)
+
+    @torch.no_grad()
+    def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
+        delta, aims = _entry(self.delta, step), _entry(self.aims, step)
+        held = held_open(self.value, self.objective.group_of, self.within_floor)
+        s = self.value - price(self.objective, self.value, delta, held, aims)[self.objective.owner]
+        # held open: far enough on the open side
+        return torch.where(held, torch.maximum(s, 6.0 / delta), s), delta
+
+
+def _entry(table: Tensor, step: int | Tensor) -> Tensor:
+    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
+
+
 def _ungated(name: str) -> str:
     """The name that a parameter has while no gate acts on it."""
     return name.replace(".parametrizations", "").removesuffix(".original")
@@ -55,10 +113,7 @@ def _ungated(name: str) -> str:
 class Search:
     """A search over a fixed number of steps; use it as a context manager and call :meth:`step` after each forward.
 
-    With an ``objective``, a gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's
-    weights and then collects ``-dL/dg`` per unit of cost, and the price is set at every step so that the expected cost
-    follows a descent to the target. A gate thus closes when it is worth less, per cost, than what the budget can
-    afford, and reopens when it is worth more. Without one, it is the paper's search:
+    With an ``objective``, :class:`Scores` says what the gates are. Without one, it is the paper's search:
     ``loss + lambda * sum sigmoid(s)``, SGD on ``s`` from 0, which leaves the final cost to lambda.
 
     Args:
@@ -92,15 +147,16 @@ class Search:
         self.done = 0
         self.history: list[dict[str, float]] = []
         device = self.gates[0].s.device
-        self.score = torch.zeros(sum(g.channels for g in groups), dtype=torch.float64, device=device)
-        self.momentum = torch.zeros_like(self.score)
-        self.scale = torch.zeros((), dtype=torch.float64, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.scores: Scores | None = None
         if objective is not None:
-            self.floor = objective.to("cpu").floor()
-            objective.to(device)
-            self.within_floor = floor_ranks(objective.sizes, self.floor).to(device)
-            self.score = importance(model, groups).to(device)
+            updates = steps if optimizer is None else max(1, steps // 2)
+            self.scores = Scores(objective, importance(model, groups).to(device), steps, updates)
+            self.score, self.momentum, self.scale = self.scores.value, self.scores.momentum, self.scores.scale
+            self.floor = self.scores.floor
+        else:
+            self.score = torch.zeros(sum(g.channels for g in groups), dtype=torch.float64, device=device)
+            self.momentum, self.scale = torch.zeros_like(self.score), self.score.new_zeros(())
         self._trainable: list[nn.Parameter] = []
         self.saved: dict[str, Tensor] = {}
 
@@ -227,38 +283,22 @@ class Search:
         grad = torch.cat(grads).double()
         for gate in self.gates:
             gate.s.grad = None
-        if self.objective is None:
+        if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=PAPER_LR)
-            return
-        g = torch.cat([gate().detach() for gate in self.gates]).double().requires_grad_()
-        with torch.enable_grad():
-            (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
-        worth = -grad / marginal.clamp(min=1e-12)  # loss saved per unit of cost
-        mean_square = worth.square().mean()
-        first = self.scale == 0
-        self.scale = torch.where(first, mean_square, 0.9 * self.scale + 0.1 * mean_square)
-        worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
-        self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
-        moves = self.steps if self.optimizer is None else self.steps / 2
-        self.score.add_(self.momentum, alpha=REACH / moves)
+        else:
+            self.scores.update(grad, torch.cat([gate().detach() for gate in self.gates]))
 
     @torch.no_grad()
     def _set_gates(self) -> None:
         """delta and ``s`` for the coming step."""
-        if self.objective is None:
-            delta, s = delta_paper(self.done, self.steps), self.score
+        if self.scores is None:
+            s, delta = self.score, self.score.new_tensor(delta_paper(self.done, self.steps))
         else:
-            delta = delta_per_step(self.done, self.steps)
-            held = held_open(self.score, self.objective.group_of, self.within_floor)
-            targets = self.objective.targets
-            aims = targets + (0.98 - targets) * ramp(self.done, self.steps, 1.0, 0.0)
-            s = self.score - price(self.objective, self.score, delta, held, aims)[self.objective.owner]
-            # held open: far enough on the open side
-            s = torch.where(held, s.clamp(min=6.0 / delta), s)
+            s, delta = self.scores.gates(self.done)
         for gate, part in zip(self.gates, s.split([gate.s.numel() for gate in self.gates])):
             gate.s.copy_(part)
-            gate.delta.fill_(delta)
+            gate.delta.copy_(delta)
 
     @torch.no_grad()
     def decided(self) -> float:
