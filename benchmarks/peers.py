@@ -5,19 +5,19 @@
 
 `run` appends one JSON line per run to OUT/runs.jsonl; a run whose line is there is not repeated, so a stopped benchmark
 goes on where it stopped. `report` makes table.md and curves.png from the lines. DIR holds cifar10/{train,test}/<class>/
-images (or torchvision's cifar-10-batches-py) and FashionMNIST/raw; digits are scikit-learn's. Data stay on the device,
-batches are cut and flipped there, and plain training steps are replayed as one CUDA graph. `--jobs` processes share the
-device: such small networks leave most of it idle.
+images (or torchvision's cifar-10-batches-py) and FashionMNIST/raw; digits are scikit-learn's.
 
-Rules for all: a trained network, then `--epochs` epochs in all. A method that searches or trains sparsely does so inside
-of them. Every cut hits the budget to the channel with the same code, in the method's own order of removal, and has its
-norms re-estimated on 50 batches. The accuracy is the last epoch's. NNI's own pruners are not in the table yet: they need
+Rules for all: a trained network, then `--epochs` epochs in all; a method that searches or trains sparsely does so
+inside of them. Every cut hits the budget to the channel with the same code, in the method's own order of removal, and
+has its norms re-estimated on 50 batches. The accuracy is the last epoch's, of the physically smaller network. How the
+runs are trained, many at once: engine.py. NNI's own pruners are not in the table yet: they need
 `speedup(model, masks)`, which this package does not have.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import copy
 import dataclasses
 import gzip
@@ -32,10 +32,10 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,31 +45,22 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from cifar_data import augmented, load_images  # noqa: E402
+from cifar_data import load_images  # noqa: E402
 from cifar_models import MODELS, init_weights  # noqa: E402
+from engine import Data, Net, Training, Weights, batches, offload, run_all  # noqa: E402
 
 from dnal_nni import Budget, DNALPruner, measure  # noqa: E402
 from dnal_nni.budget import exact_cut  # noqa: E402
-from dnal_nni.search import importance  # noqa: E402
+from dnal_nni.schedule import delta_paper  # noqa: E402
+from dnal_nni.search import PAPER_LR, PAPER_MOMENTUM, Scores, importance  # noqa: E402
 
 CONV = [{"op_types": ["Conv2d"]}]
 RECALIBRATION_BATCHES = 50
-WARM_UP_STEPS = 4  # of a CUDA graph: ordinary steps
+PAPER_LAMBDA = 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
-
-
-class Data(NamedTuple):
-    pixels: Tensor  # uint8 [images, 32, 32, 1 or 3]
-    labels: Tensor  # int64 [images]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flips: bool
-
-    def to(self, device: str) -> Data:
-        return self._replace(pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 def idx_file(path: Path) -> np.ndarray:
@@ -118,377 +109,9 @@ def write_whole(path: Path, value: object) -> None:
     os.replace(partial, path)
 
 
-def normalised(pixels: Tensor, data: Data, dtype: torch.dtype) -> Tensor:
-    """uint8 [n, 32, 32, c] -> [n, 3, 32, 32] in channels_last; a grey image becomes three equal channels."""
-    scale = torch.tensor(data.std, device=pixels.device).mul(255)
-    shift = torch.tensor(data.mean, device=pixels.device).mul(255)
-    images = ((pixels.float() - shift) / scale).to(dtype)
-    return images.expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-class Context(NamedTuple):
-    """What a method gets."""
-
-    args: argparse.Namespace
-    job: Job
-    train: Data
-    test: Data
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train.labels) // self.args.batch_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.args.precision == "bf16" else torch.float32
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.args.device, dtype=torch.bfloat16, enabled=self.args.precision == "bf16")
-
-    def to_device(self, model: nn.Module) -> nn.Module:
-        return model.to(self.args.device, memory_format=torch.channels_last)
-
-    def batches(self, phase: int, epochs: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches; the order and the crops depend on the seed, the phase and the epoch alone."""
-        size = self.args.batch_size
-        for epoch in epochs:
-            generator = torch.Generator(self.args.device).manual_seed(self.job.seed * 10_000 + phase * 1000 + epoch)
-            order = torch.randperm(len(self.train.labels), generator=generator, device=self.args.device)
-            labels = self.train.labels[order]
-            pixels = augmented(self.train.pixels[order], generator, flips=self.train.flips)
-            for step in range(self.steps_per_epoch):
-                rows = slice(step * size, (step + 1) * size)
-                yield normalised(pixels[rows], self.train, self.dtype), labels[rows]
-
-
-def cosine(step: int, steps: int) -> float:
-    """Learning-rate factor: 5 % linear warm-up, then a half cosine down to 0."""
-    warm_up = max(1, round(0.05 * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def sgd(model: nn.Module, context: Context, weight_decay: float = 5e-4) -> torch.optim.SGD:
-    """The learning rate is a tensor on the device: a CUDA graph reads its current value."""
-    cuda = context.args.device == "cuda"
-    lr = torch.zeros((), device="cuda") if cuda else 0.0
-    return torch.optim.SGD(
-        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=cuda or None
-    )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def fit(
-    model: nn.Module,
-    context: Context,
-    phase: int,
-    epochs: range,
-    lr: Callable[[int], float],
-    regularise: Callable[[], object] | None = None,
-    weight_decay: float = 5e-4,
-) -> None:
-    """Train in place. ``lr`` is a function of the step, counted from the start of the phase's epoch 0."""
-    optimizer = sgd(model, context, weight_decay)
-    model.train()
-    graph: torch.cuda.CUDAGraph | None = None
-    inputs: tuple[Tensor, Tensor] | None = None
-    capture = context.args.device == "cuda" and regularise is None
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with context.autocast():
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        if regularise is not None:
-            regularise()
-        optimizer.step()
-
-    first = epochs.start * context.steps_per_epoch
-    stream = torch.cuda.Stream() if capture else None
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for number, batch in enumerate(context.batches(phase, epochs)):
-            set_lr(optimizer, lr(first + number))
-            if graph is not None:
-                assert inputs is not None
-                for static, new in zip(inputs, batch):
-                    static.copy_(new)
-                graph.replay()
-                continue
-            step(*batch)
-            if capture and number == WARM_UP_STEPS:
-                inputs = (batch[0].clone(memory_format=torch.preserve_format), batch[1].clone())
-                optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
-                    step(*inputs)
-    if capture:
-        torch.cuda.synchronize()
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, context: Context) -> float:
-    """Top-1 accuracy in per cent."""
-    model.eval()
-    right = torch.zeros((), device=context.args.device)
-    for pixels, labels in zip(context.test.pixels.split(1000), context.test.labels.split(1000)):
-        with context.autocast():
-            right += (model(normalised(pixels, context.test, context.dtype)).argmax(1) == labels).sum()
-    return 100 * float(right) / len(context.test.labels)
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, context: Context) -> None:
-    """Running statistics of the norms: plain means over some training batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for (images, _), _ in zip(context.batches(9, range(1)), range(RECALIBRATION_BATCHES)):
-        with context.autocast():
-            model(images)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods. Each takes the context and the trained network (on the CPU) and returns the small one (on the CPU) and what
-# happened: "epochs" spent before the cut, and whatever else is worth recording.
-
-Outcome = tuple[nn.Module, dict[str, Any]]
-
-
-def image() -> Tensor:
-    return torch.zeros(1, 3, 32, 32)
-
-
-def budgeted(model: nn.Module, context: Context, **kwargs: Any) -> DNALPruner:
-    return DNALPruner(model, CONV, dummy_input=image(), budget=Budget(flops=context.job.budget), **kwargs)
-
-
-def cut_by(score: Callable[[DNALPruner], Tensor], model: nn.Module, context: Context) -> nn.Module:
-    """Keep the units with the best scores (float [units], all groups) that the budget allows."""
-    pruner = budgeted(model, context)
-    objective = pruner._objective
-    assert objective is not None
-    keep = exact_cut(objective, score(pruner), [1] * len(objective.sizes))
-    pruner.harden(dict(zip(pruner.gates, keep.split(objective.sizes))))
-    return pruner.speedup()
-
-
-def search_steps(
-    model: nn.Module, pruner: DNALPruner, context: Context, epochs: int, lr: Callable[[int], float] | None
-) -> dict[str, Any]:
-    """A search of some epochs with the weights learning (``lr`` of the step) or frozen (None)."""
-    context.to_device(model)
-    optimizer = sgd(model, context) if lr is not None else None
-    steps = epochs * context.steps_per_epoch
-    model.train()
-    start = time.perf_counter()
-    with pruner.search(steps, optimizer=optimizer, progress=False) as search:
-        for number, (images, labels) in enumerate(context.batches(1, range(epochs))):
-            if lr is not None and optimizer is not None:
-                set_lr(optimizer, lr(number))
-            with context.autocast():
-                loss = F.cross_entropy(model(images), labels)
-            search.step(loss)
-    if context.args.device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    found = {"epochs": epochs, "seconds_search": seconds, "accuracy_search": evaluate(model, context)}
-    model.cpu()
-    return found
-
-
-def finetune_lr(context: Context) -> Callable[[int], float]:
-    steps = context.args.epochs * context.steps_per_epoch
-    return lambda step: context.args.lr * cosine(step, steps)
-
-
-def dnal(model: nn.Module, context: Context) -> Outcome:
-    pruner = budgeted(model, context)
-    found = search_steps(model, pruner, context, context.args.search_epochs, finetune_lr(context))
-    slim = pruner.speedup()
-    return slim, {**found, "decided": pruner.report.decided}
-
-
-def dnal_paper(model: nn.Module, context: Context) -> Outcome:
-    """The paper's 10 of the 80 epochs after training, frozen weights; cut to the budget by the order of s."""
-    pruner = budgeted(model, context, preset="paper")
-    found = search_steps(model, pruner, context, max(1, round(context.args.epochs / 8)), None)
-    slim = pruner.speedup()
-    return slim, {**found, "decided": pruner.report.decided}
-
-
-def random_channels(model: nn.Module, context: Context) -> Outcome:
-    generator = torch.Generator().manual_seed(context.job.seed)
-    return cut_by(lambda p: torch.rand(sum(p._cost.sizes), generator=generator), model, context), {}
-
-
-def uniform_ranks(pruner: DNALPruner, order: Tensor) -> Tensor:
-    """Scores that take the same share of every group, in the group's order of ``order`` (float [units])."""
-    parts = []
-    for part in order.split(pruner._cost.sizes):
-        ranks = part.argsort(descending=True).argsort().double()
-        parts.append(1 - (ranks + 0.5) / len(part))
-    return torch.cat(parts)
-
-
-def uniform_random(model: nn.Module, context: Context) -> Outcome:
-    generator = torch.Generator().manual_seed(context.job.seed)
-    order = lambda p: torch.rand(sum(p._cost.sizes), generator=generator)  # noqa: E731
-    return cut_by(lambda p: uniform_ranks(p, order(p)), model, context), {}
-
-
-def uniform_l2(model: nn.Module, context: Context) -> Outcome:
-    """The same share of every group, by the L2 norm of each channel over all layers of the group."""
-    return cut_by(lambda p: uniform_ranks(p, importance(model, p._active)), model, context), {}
-
-
-def uniform_scratch(model: nn.Module, context: Context) -> Outcome:
-    """The uniformly narrower network, trained from new weights for all epochs (those of the trained network too)."""
-    slim = uniform_random(model, context)[0]
-    torch.manual_seed(context.job.seed + 1000)
-    init_weights(slim)
-    for module in slim.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.Linear)):
-            module.reset_parameters()
-    return slim, {"scratch": True}
-
-
-def removal_order(pruner: tp.BasePruner, ours: DNALPruner, context: Context) -> Tensor:
-    """Float [units]: when torch-pruning's progressive pruning (its documented procedure) removes each of our units."""
-    objective = ours._objective
-    assert objective is not None
-    names, sizes = list(ours.gates), objective.sizes
-    unit_of: dict[str, tuple[int, Tensor]] = {}
-    for offset, group in zip(np.cumsum([0, *sizes]).tolist(), ours._active):
-        for member in group.members:
-            if member.side == "out" and member.dim is None:
-                unit_of[member.path] = (offset, member.units[member.channels.argsort()])
-    alive = {path: list(range(len(units))) for path, (_, units) in unit_of.items()}
-    when = torch.full((sum(sizes),), math.inf, dtype=torch.float64)
-    seen = time_step = 0
-    assert len(names) == len(sizes)
-    while float(objective.relative((when == math.inf).double())[0]) > 0.95 * context.job.budget:
-        pruner.step()
-        history = pruner.pruning_history()
-        if pruner.current_step == pruner.iterative_steps:
-            break
-        for path, _, removed in history[seen:]:
-            offset, units = unit_of[path]
-            gone = [alive[path][i] for i in removed]
-            alive[path] = [i for i in alive[path] if i not in set(gone)]
-            time_step += 1
-            when[offset + units[gone]] = time_step
-        seen = len(history)
-    return when
-
-
-def torch_pruning(
-    model: nn.Module,
-    context: Context,
-    kind: type[tp.BasePruner],
-    rank: Callable[[], tp.importance.Importance],
-    sparse: float | None = None,
-    gradients: bool = False,
-    steps: int = 400,
-) -> Outcome:
-    """torch-pruning as its own CIFAR script runs it: global, 400 small steps; sparse learning with lr 0.01.
-
-    Its script gives sparse learning as many epochs as the fine-tuning; here both share the epochs.
-
-    Args:
-        kind: the pruner.
-        rank: its importance.
-        sparse: strength of the sparse learning ahead of the cut.
-        gradients: whether the importance needs the loss's gradients (over 10 batches).
-    """
-    ours = budgeted(copy.deepcopy(model), context)
-    context.to_device(model)
-    found: dict[str, Any] = {}
-    pruner = kind(
-        model,
-        image().to(context.args.device),
-        importance=rank(),
-        global_pruning=True,
-        pruning_ratio=1.0,
-        iterative_steps=steps,
-        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)],
-        # its defaults are shared between pruners and written to
-        in_channel_groups={},
-        out_channel_groups={},
-        num_heads={},
-        **({"reg": sparse} if sparse is not None else {}),
-    )
-    if sparse is not None:
-        epochs = context.args.epochs // 2
-        total = epochs * context.steps_per_epoch
-        decay = lambda step: 0.01 * (1 if step < 0.6 * total else 0.1 if step < 0.8 * total else 0.01)  # noqa: E731
-        start = time.perf_counter()
-        fit(model, context, 1, range(epochs), decay, lambda: pruner.regularize(model), weight_decay=0)
-        found = {"epochs": epochs, "seconds_search": time.perf_counter() - start}
-        found["accuracy_search"] = evaluate(model, context)
-    if gradients:
-        model.eval()
-        for (images, labels), _ in zip(context.batches(8, range(1)), range(10)):
-            F.cross_entropy(model(images.float()), labels).backward()
-    model.cpu()
-    trained = copy.deepcopy(model)
-    trained.zero_grad()
-    when = removal_order(pruner, ours, context)
-    return cut_by(lambda _: when, trained, context), found
-
-
-def magnitude(model: nn.Module, context: Context) -> Outcome:
-    return torch_pruning(model, context, tp.pruner.MagnitudePruner, lambda: tp.importance.MagnitudeImportance(p=2))
-
-
-def bn_scale(model: nn.Module, context: Context) -> Outcome:
-    return torch_pruning(model, context, tp.pruner.BNScalePruner, tp.importance.BNScaleImportance, sparse=1e-5)
-
-
-def group_norm(model: nn.Module, context: Context) -> Outcome:
-    rank = lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer="max")  # noqa: E731
-    return torch_pruning(model, context, tp.pruner.GroupNormPruner, rank, sparse=5e-4)
-
-
-def taylor(model: nn.Module, context: Context) -> Outcome:
-    rank = tp.importance.TaylorImportance
-    return torch_pruning(model, context, tp.pruner.MagnitudePruner, rank, gradients=True)
-
-
-METHODS: dict[str, Callable[[nn.Module, Context], Outcome]] = {
-    "tp_group_norm": group_norm,  # the slowest first
-    "tp_bn_scale": bn_scale,
-    "uniform_scratch": uniform_scratch,
-    "tp_magnitude": magnitude,
-    "tp_taylor": taylor,
-    "dnal": dnal,
-    "dnal_paper": dnal_paper,
-    "random": random_channels,
-    "uniform_random": uniform_random,
-    "uniform_l2": uniform_l2,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# Cuts. These run in other processes, on the CPU: each takes a job and the network's tensors, and returns the units to
+# keep (bool [units], all groups).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,6 +130,366 @@ class Job:
         return f"{self.dataset}-{self.model}-{self.width:g}-{self.seed}.pt"
 
 
+def image() -> Tensor:
+    return torch.zeros(1, 3, 32, 32)
+
+
+def network(job: Job, state: Weights | None = None) -> nn.Module:
+    torch.manual_seed(job.seed)
+    model = MODELS[job.model](10, job.width)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def gated(model: nn.Module, budget: float, **kwargs: Any) -> DNALPruner:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return DNALPruner(model, CONV, dummy_input=image(), budget=Budget(flops=budget), **kwargs)
+
+
+def best(pruner: DNALPruner, score: Tensor, floor: list[int] | None = None) -> Tensor:
+    """The units with the best scores (float [units]) that the budget allows."""
+    objective = pruner._objective
+    assert objective is not None
+    return exact_cut(objective, score, floor or [1] * len(objective.sizes))
+
+
+def cut_by_score(job: Job, score: Tensor, floor: list[int]) -> Tensor:
+    return best(gated(network(job), job.budget), score, floor)
+
+
+def start_scores(job: Job, state: Weights) -> Tensor:
+    model = network(job, state)
+    pruner = gated(copy.deepcopy(model), job.budget)
+    return importance(model, pruner._active)
+
+
+def cut_random(job: Job, state: Weights) -> Tensor:
+    """Random channels, over all groups."""
+    pruner = gated(network(job), job.budget)
+    return best(pruner, torch.rand(sum(pruner._cost.sizes), generator=torch.Generator().manual_seed(job.seed)))
+
+
+def uniform_ranks(order: Tensor, sizes: list[int]) -> Tensor:
+    """Scores that take the same share of every group, in the group's order of ``order`` (float [units])."""
+    parts = []
+    for part in order.split(sizes):
+        ranks = part.argsort(descending=True).argsort().double()
+        parts.append(1 - (ranks + 0.5) / len(part))
+    return torch.cat(parts)
+
+
+def cut_uniform_random(job: Job, state: Weights) -> Tensor:
+    """The same share of every group, random channels."""
+    pruner = gated(network(job), job.budget)
+    order = torch.rand(sum(pruner._cost.sizes), generator=torch.Generator().manual_seed(job.seed))
+    return best(pruner, uniform_ranks(order, pruner._cost.sizes))
+
+
+def cut_uniform_l2(job: Job, state: Weights) -> Tensor:
+    """The same share of every group, by the L2 norm of each channel over all layers of the group."""
+    model = network(job, state)
+    pruner = gated(copy.deepcopy(model), job.budget)
+    return best(pruner, uniform_ranks(importance(model, pruner._active), pruner._cost.sizes))
+
+
+def removal_order(pruner: tp.BasePruner, ours: DNALPruner, budget: float) -> Tensor:
+    """Float [units]: when torch-pruning's progressive pruning (its documented procedure) removes each of our units."""
+    objective = ours._objective
+    assert objective is not None
+    unit_of: dict[str, tuple[int, Tensor]] = {}
+    for offset, group in zip(np.cumsum([0, *objective.sizes]).tolist(), ours._active):
+        for member in group.members:
+            if member.side == "out" and member.dim is None:
+                unit_of[member.path] = (offset, member.units[member.channels.argsort()])
+    alive = {path: list(range(len(units))) for path, (_, units) in unit_of.items()}
+    when = torch.full((sum(objective.sizes),), math.inf, dtype=torch.float64)
+    seen = 0
+    while float(objective.relative((when == math.inf).double())[0]) > 0.95 * budget:
+        pruner.step()
+        history = pruner.pruning_history()
+        for number, (path, _, removed) in enumerate(history[seen:], start=seen):
+            offset, units = unit_of[path]
+            gone = [alive[path][i] for i in removed]
+            alive[path] = [channel for channel in alive[path] if channel not in set(gone)]
+            when[offset + units[gone]] = number
+        seen = len(history)
+        if pruner.current_step == pruner.iterative_steps:
+            break
+    return when
+
+
+def torch_pruner(
+    model: nn.Module, kind: type[tp.BasePruner], rank: tp.importance.Importance, **kwargs: Any
+) -> tp.BasePruner:
+    """As in torch-pruning's own CIFAR script: global, 400 small steps up to the wanted speed-up."""
+    return kind(
+        model,
+        image(),
+        importance=rank,
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=400,
+        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)],
+        # its defaults are shared between pruners and written to
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+        **kwargs,
+    )
+
+
+RANKS: dict[str, Callable[[], tp.importance.Importance]] = {
+    "tp_magnitude": lambda: tp.importance.MagnitudeImportance(p=2),
+    "tp_bn_scale": tp.importance.BNScaleImportance,
+    "tp_group_norm": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"),
+    "tp_taylor": tp.importance.TaylorImportance,
+}
+
+
+def cut_torch_pruning(job: Job, state: Weights, sample: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """torch-pruning's ranking; an importance that needs gradients takes those of the loss on ``sample``."""
+    model = network(job, state)
+    ours = gated(copy.deepcopy(model), job.budget)
+    pruner = torch_pruner(model, tp.pruner.MagnitudePruner, RANKS[job.method]())
+    if sample is not None:
+        model.eval()
+        for images, labels in zip(sample[0].split(128), sample[1].split(128)):
+            F.cross_entropy(model(images), labels).backward()
+    return best(ours, removal_order(pruner, ours, job.budget))
+
+
+def new_weights(job: Job, keep: Tensor) -> Weights:
+    """Newly initialised tensors in the full shape, the kept channels as a network of the small shape starts."""
+    model = network(dataclasses.replace(job, seed=job.seed + 1000))
+    pruner = gated(copy.deepcopy(model), job.budget)
+    init_weights(model)
+    for group, part in zip(pruner._active, keep.split(pruner._cost.sizes)):
+        for member in group.members:
+            module = model.get_submodule(member.path)
+            if member.side == "out" and isinstance(module, nn.Conv2d):
+                # the initialisation divides by the square root of the output channels
+                module.weight.data *= math.sqrt(len(member.units) / int(part[member.units].sum()))
+    return dict(model.state_dict())
+
+
+def physical(job: Job, state: Weights, keep: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    """The smaller network, checked against the gated one, and its size."""
+    pruner = gated(network(job, state), job.budget)
+    pruner.harden(dict(zip(pruner.gates, keep.split(pruner._cost.sizes))))
+    small = pruner.speedup()
+    size = measure(small, image())
+    widths = {name: m.out_channels for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    differs = pruner.report.relative_diff
+    return small, {"flops": size.flops, "params": size.params, "relative_diff": differs, "widths": widths}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods. Each is a generator that yields while the device works, and returns the units to keep and what happened
+# ("epochs" spent ahead of the cut, and whatever else is worth recording); it may train the weights in place.
+
+Outcome = tuple[Tensor, dict[str, Any]]
+
+
+class Run:
+    """What a method gets: the trained network's tensors on the device, the data, a pool for what is not for a GPU."""
+
+    def __init__(self, bench: Bench, job: Job) -> None:
+        self.bench, self.job, self.args, self.net = bench, job, bench.args, bench.nets[job.model]
+        self.train, self.test = bench.data[job.dataset]
+        self.per_epoch = len(self.train.labels) // self.args.batch_size
+        self.weights: Weights = {}
+
+    def load(self, state: Weights) -> None:
+        device = self.net.device
+        self.weights = {n: t.to(device, copy=True) for n, t in state.items()}
+        for name, tensor in self.weights.items():
+            if tensor.dim() == 4:
+                self.weights[name] = tensor.contiguous(memory_format=torch.channels_last)
+
+    def state(self) -> Weights:
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
+
+    def training(self, g: Tensor, lr: list[float], phase: int, **kwargs: Any) -> Training:
+        seed = self.job.seed * 10 + phase
+        return Training(self.net, self.weights, g, self.train, self.args.batch_size, seed, lr, **kwargs)
+
+    def elsewhere(self, function: Callable[..., Any], *args: Any) -> Generator[None, None, Any]:
+        return offload(self.bench.pool, function, self.job, *args)
+
+    def cosine(self, lr: float, epochs: int) -> list[float]:
+        """A learning rate per step: 5 % linear warm-up, then a half cosine down to 0."""
+        steps = epochs * self.per_epoch
+        warm_up = max(1, round(0.05 * steps))
+        rest = [0.5 * (1 + math.cos(math.pi * i / (steps - warm_up))) for i in range(steps - warm_up)]
+        return [lr * factor for factor in [(i + 1) / warm_up for i in range(warm_up)] + rest]
+
+    def ones(self) -> Tensor:
+        return torch.ones(self.net.units, device=self.net.device)
+
+
+Method = Callable[[Run], Generator[None, None, Outcome]]
+
+
+def one_shot(cut: Callable[[Job, Weights], Tensor]) -> Method:
+    def method(run: Run) -> Generator[None, None, Outcome]:
+        return (yield from run.elsewhere(cut, run.state())), {}
+
+    return method
+
+
+def taylor(run: Run) -> Generator[None, None, Outcome]:
+    """Gradients of the loss on 10 batches."""
+    parts = list(batches(run.net, run.train, 128, run.job.seed, 10))
+    sample = tuple(torch.cat(column).float().cpu() for column in zip(*parts))
+    return (yield from run.elsewhere(cut_torch_pruning, run.state(), (sample[0], sample[1].long()))), {}
+
+
+def sparse(regulariser: Callable[[Run], Callable[[Weights], None]]) -> Method:
+    """Sparse learning, then the cut. torch-pruning's script gives it as many epochs as the fine-tuning, lr 0.01 with
+    two steps of 0.1, and no weight decay."""
+
+    def method(run: Run) -> Generator[None, None, Outcome]:
+        epochs = run.args.epochs // 2
+        steps = epochs * run.per_epoch
+        lr = [0.01 if i < 0.6 * steps else 0.001 if i < 0.8 * steps else 0.0001 for i in range(steps)]
+        yield from run.training(run.ones(), lr, 1, weight_decay=0.0, regularise=regulariser(run)).steps()
+        accuracy = yield from run.net.accuracy(run.weights, run.ones(), run.test)
+        keep = yield from run.elsewhere(cut_torch_pruning, run.state())
+        return keep, {"epochs": epochs, "accuracy_search": accuracy}
+
+    return method
+
+
+def bn_scale(run: Run) -> Callable[[Weights], None]:
+    """BNScalePruner.regularize with its documented strength, 1e-5: L1 on the weight of every norm."""
+
+    def regularise(weights: Weights) -> None:
+        for name in run.net.norms:
+            weight = weights[f"{name}.weight"]
+            assert weight.grad is not None
+            weight.grad.add_(weight.sign(), alpha=1e-5)
+
+    return regularise
+
+
+def group_norm(run: Run) -> Callable[[Weights], None]:
+    """GroupNormPruner.regularize with its documented strength, 5e-4, in a form without host syncs.
+
+    Every weight of a group's channel is drawn to 0 by ``reg * 16 ** ((max - i) / (max - min))`` times itself, where i
+    is the root of the channel's importance.
+    """
+    model = network(run.job)
+    pruner = torch_pruner(model, tp.pruner.GroupNormPruner, RANKS["tp_group_norm"](), reg=5e-4)
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[list[tuple[str, int]]] = []
+    for group in pruner._groups:
+        members = []
+        for item in group:
+            layer, function = item.dep.target.module, item.dep.handler
+            if not hasattr(layer, "weight"):
+                continue
+            inputs = function in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+            channels = layer.weight.shape[1 if inputs else 0]
+            assert list(item.idxs) == list(item.root_idxs) == list(range(channels)), "channels in another order"
+            members.append((f"{names[layer]}.weight", int(inputs)))
+        groups.append(members)
+
+    def regularise(weights: Weights) -> None:
+        for members in groups:
+            squares = []
+            for name, dim in members:
+                weight = weights[name]
+                squares.append(weight.square().transpose(0, dim).reshape(weight.shape[dim], -1).sum(1))
+            importance = torch.stack(squares).mean(0)
+            root = (importance / importance.max()).sqrt()
+            gamma = 16 ** ((root.max() - root) / (root.max() - root.min()))
+            for name, dim in members:
+                weight = weights[name]
+                assert weight.grad is not None
+                shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+                weight.grad.add_(weight * gamma.view(shape), alpha=5e-4)
+
+    return regularise
+
+
+def dnal(run: Run) -> Generator[None, None, Outcome]:
+    """The default search; the weights learn in every second step, with the learning rate of the fine-tuning."""
+    epochs = run.args.search_epochs
+    steps = epochs * run.per_epoch
+    start = yield from run.elsewhere(start_scores, run.state())
+    objective = copy.deepcopy(run.bench.objectives[run.job.model, run.job.budget])
+    scores = Scores(objective, start.to(run.net.device), steps, steps // 2)
+    s, delta = scores.gates(0)
+    g = torch.sigmoid(delta * s).float()
+
+    def architecture(g: Tensor, step: Tensor, moves: bool) -> None:
+        if moves:
+            assert g.grad is not None
+            scores.update(g.grad, g)
+        s, delta = scores.gates(step.clamp(max=steps - 1))
+        g.copy_(torch.sigmoid(delta * s))
+
+    yield from run.training(
+        g,
+        run.cosine(run.args.lr, run.args.epochs)[:steps],
+        1,
+        architecture=architecture,
+        learns_weights=lambda step: step % 2 == 1,
+        moves_gates=lambda step: step % 2 == 0,
+    ).steps()
+    accuracy = yield from run.net.accuracy(run.weights, g, run.test)
+    decided = float(((g < 0.05) | (g > 0.95)).float().mean())
+    keep = yield from run.elsewhere(cut_by_score, scores.value.cpu(), scores.floor)
+    return keep, {"epochs": epochs, "accuracy_search": accuracy, "decided": decided, "one_cycle": True}
+
+
+def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
+    """The paper's share of architecture epochs (10 of 80), frozen weights; cut to the budget by the order of s."""
+    epochs = max(1, round(run.args.epochs / 8))
+    steps = epochs * run.per_epoch
+    s = torch.zeros(run.net.units, dtype=torch.float64, device=run.net.device)
+    momentum = torch.zeros_like(s)
+    table = torch.tensor([delta_paper(t, steps) for t in range(steps)], dtype=torch.float64, device=run.net.device)
+    g = torch.full((run.net.units,), 0.5, device=run.net.device)
+
+    def architecture(g: Tensor, step: Tensor, moves: bool) -> None:
+        assert g.grad is not None
+        now, then = (table.index_select(0, at.clamp(max=steps - 1)) for at in (step - 1, step))
+        soft, sigma = g.double(), torch.sigmoid(s)
+        grad = g.grad.double() * now * soft * (1 - soft) + PAPER_LAMBDA * sigma * (1 - sigma)
+        momentum.mul_(PAPER_MOMENTUM).add_(grad)
+        s.sub_(momentum, alpha=PAPER_LR)
+        g.copy_(torch.sigmoid(then * s))
+
+    training = run.training(
+        g, [0.0] * steps, 1, architecture=architecture, learns_weights=lambda _: False, moves_gates=lambda _: True
+    )
+    yield from training.steps()
+    accuracy = yield from run.net.accuracy(run.weights, g, run.test)
+    decided = float(((g < 0.05) | (g > 0.95)).float().mean())
+    keep = yield from run.elsewhere(cut_by_score, s.cpu(), [])
+    return keep, {"epochs": epochs, "accuracy_search": accuracy, "decided": decided}
+
+
+METHODS: dict[str, Method] = {
+    "tp_group_norm": sparse(group_norm),
+    "tp_bn_scale": sparse(bn_scale),
+    "tp_magnitude": one_shot(cut_torch_pruning),
+    "tp_taylor": taylor,
+    "dnal": dnal,
+    "dnal_paper": dnal_paper,
+    "random": one_shot(cut_random),
+    "uniform_random": one_shot(cut_uniform_random),
+    "uniform_l2": one_shot(cut_uniform_l2),
+    "uniform_scratch": one_shot(cut_uniform_random),  # new weights, and the epochs of the training too
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
 SETTINGS = ("pretrain_epochs", "epochs", "search_epochs", "pretrain_lr", "lr", "batch_size", "subset", "precision")
 
 
@@ -514,58 +497,65 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SETTINGS}
 
 
-_data: dict[str, tuple[Data, Data]] = {}
+class Bench:
+    """What all runs share."""
 
+    def __init__(self, args: argparse.Namespace, pool: concurrent.futures.Executor, compiled: bool) -> None:
+        self.args, self.pool = args, pool
+        self.data = {name: load_cached(name, args) for name in args.datasets}
+        self.nets: dict[str, Net] = {}
+        self.objectives = {}
+        for model in args.models:
+            job = Job("", model, args.width, 0.5, "", 0)
+            self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision, compiled)
+            for budget in args.budgets:
+                self.objectives[model, budget] = gated(network(job), budget)._objective
 
-def work(job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """Do one job; returns its line."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
-    if job.dataset not in _data:
-        _data[job.dataset] = load_cached(job.dataset, args)
-    context = Context(args, job, *_data[job.dataset])
-    torch.manual_seed(job.seed)
-    start = time.perf_counter()
-    model = MODELS[job.model](10, job.width).to(memory_format=torch.channels_last)
-    found: dict[str, Any] = {}
-    if job.method == "dense":
-        steps = args.pretrain_epochs * context.steps_per_epoch
-        fit(
-            context.to_device(model),
-            context,
-            0,
-            range(args.pretrain_epochs),
-            lambda step: args.pretrain_lr * cosine(step, steps),
-        )
-        small = model
-        write_whole(args.work / job.weights, small.state_dict())
-    else:
-        model.load_state_dict(torch.load(args.work / job.weights, weights_only=True))
-        small, found = METHODS[job.method](model, context)
+    def pretrain(self, job: Job) -> Generator[None, None, dict[str, Any]]:
+        run, start = Run(self, job), time.perf_counter()
+        run.load(network(job).state_dict())
+        yield from run.training(run.ones(), run.cosine(self.args.pretrain_lr, self.args.pretrain_epochs), 0).steps()
+        accuracy = yield from run.net.accuracy(run.weights, run.ones(), run.test)
+        write_whole(self.args.work / job.weights, run.state())
+        size = measure(network(job), image())
+        found = {"accuracy": accuracy, "flops": size.flops, "params": size.params}
+        return {**found, "seconds": time.perf_counter() - start}
+
+    def compress(self, job: Job) -> Generator[None, None, dict[str, Any]]:
+        args, run, start = self.args, Run(self, job), time.perf_counter()
+        run.load(torch.load(args.work / job.weights, weights_only=True))
+        keep, found = yield from METHODS[job.method](run)
+        g = keep.to(run.net.device).float()
         found["seconds_to_cut"] = time.perf_counter() - start
-        small = context.to_device(small)
-        if found.pop("scratch", False):
-            total = args.pretrain_epochs + args.epochs
-            steps = total * context.steps_per_epoch
-            fit(small, context, 0, range(total), lambda step: args.pretrain_lr * cosine(step, steps))
+        epochs, first = args.epochs - found.get("epochs", 0), found.get("epochs", 0)
+        if job.method == "uniform_scratch":
+            run.load((yield from run.elsewhere(new_weights, keep)))
+            epochs = args.pretrain_epochs + args.epochs
+            lr = run.cosine(args.pretrain_lr, epochs)
         else:
-            found["accuracy_cut"] = evaluate(small, context)
-            recalibrate(small, context)
-            found["accuracy_recalibrated"] = evaluate(small, context)
-            fit(small, context, 2, range(found.get("epochs", 0), args.epochs), finetune_lr(context))
-    size = measure(small.cpu(), image())
-    context.to_device(small)
-    convs = [(name, m.out_channels) for name, m in small.named_modules() if isinstance(m, nn.Conv2d)]
-    return {
-        **dataclasses.asdict(job),
-        "accuracy": evaluate(small, context),
-        "flops": size.flops,
-        "params": size.params,
-        **found,
-        "widths": dict(convs),
-        "seconds": time.perf_counter() - start,
-        "settings": settings_of(args),
-    }
+            found["accuracy_cut"] = yield from run.net.accuracy(run.weights, g, run.test)
+            run.net.recalibrate(
+                run.weights, g, batches(run.net, run.train, args.batch_size, job.seed, RECALIBRATION_BATCHES)
+            )
+            found["accuracy_recalibrated"] = yield from run.net.accuracy(run.weights, g, run.test)
+            cycle = args.epochs if found.pop("one_cycle", False) else epochs
+            lr = run.cosine(args.lr, cycle)[-epochs * run.per_epoch :]
+        yield from run.training(g, lr, 2, first_epoch=first).steps()
+        found["accuracy_gated"] = yield from run.net.accuracy(run.weights, g, run.test)
+        small, size = yield from run.elsewhere(physical, run.state(), keep)
+        accuracy = module_accuracy(small, run)
+        return {"accuracy": accuracy, **size, **found, "seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def module_accuracy(model: nn.Module, run: Run) -> float:
+    """Top-1 in per cent of an ordinary module."""
+    model = model.to(run.net.device, memory_format=torch.channels_last).eval()
+    right = 0
+    for pixels, labels in zip(run.test.pixels.split(2000), run.test.labels.split(2000)):
+        with torch.autocast(run.net.device, dtype=torch.bfloat16, enabled=run.args.precision == "bf16"):
+            right += (model(run.net.normalised(pixels, run.test)).argmax(1) == labels).sum()
+    return 100 * float(right) / len(run.test.labels)
 
 
 def key(line: dict[str, Any]) -> str:
@@ -577,13 +567,13 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     where = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
     packages = ("torch", "torch-pruning", "fvcore", "nni")
-    cpu = f"{platform.machine()} CPU, {args.threads} threads"
     return {
+        "settings": settings_of(args),
         "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
-        "commit": os.environ.get("DNAL_COMMIT") or commit.stdout.strip() or None,
+        "commit": args.commit or commit.stdout.strip() or None,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-        "jobs": args.jobs,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
+        "lanes": args.lanes,
     }
 
 
@@ -592,37 +582,34 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    for dataset in args.datasets:
-        load_cached(dataset, argparse.Namespace(**{**vars(args), "device": "cpu"}))
-    lines = args.out / "runs.jsonl"
-    extra = provenance(args)
+    lines, extra = args.out / "runs.jsonl", provenance(args)
     done = {key(line) for line in read_lines(lines)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     dense = [Job(d, m, args.width, 1.0, "dense", s) for d in args.datasets for m in args.models for s in seeds]
-    jobs = [dataclasses.replace(j, budget=b, method=m) for m in args.methods for b in args.budgets for j in dense]
-    wanted = lambda job: key({**dataclasses.asdict(job), "settings": settings_of(args)}) not in done  # noqa: E731
-    dense = [job for job in dense if wanted(job) or not (args.work / job.weights).exists()]
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for todo in (dense, [job for job in jobs if wanted(job)]):
-            for line in pool.imap_unordered(_work, [(job, args) for job in todo]):
-                if "error" in line:
-                    print(line, flush=True)
-                    continue
-                with lines.open("a") as file:
-                    file.write(json.dumps({**line, **extra}) + "\n")
-                where = f"{line['dataset']} {line['model']} {line['budget']} seed {line['seed']}"
-                print(f"{where} {line['method']}: {line['accuracy']:.2f} % in {line['seconds']:.0f} s", flush=True)
+    jobs = [dataclasses.replace(j, budget=b, method=m) for m in args.methods for j in dense for b in args.budgets]
+    start = time.perf_counter()
 
+    def ended(job: Job, result: dict[str, Any]) -> None:
+        if "error" in result:
+            print(job, result["error"], result["trace"][-1500:], flush=True)
+            return
+        with lines.open("a") as file:
+            file.write(json.dumps({**dataclasses.asdict(job), **result, **extra}) + "\n")
+        what = f"{job.dataset} {job.model} {job.budget:g} seed {job.seed} {job.method}"
+        print(f"{time.perf_counter() - start:5.0f} s  {what}: {result['accuracy']:.2f} %", flush=True)
 
-def _work(pair: tuple[Job, argparse.Namespace]) -> dict[str, Any]:
-    try:
-        return work(*pair)
-    except Exception as error:  # one method's failure must not cost the other runs
-        import traceback
+    def wanted(job: Job) -> bool:
+        return key({**dataclasses.asdict(job), "settings": extra["settings"]}) not in done
 
-        return {"error": f"{type(error).__name__}: {error}", "job": str(pair[0]), "trace": traceback.format_exc()}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        bench = Bench(args, pool, args.device == "cuda")
+        missing = [job for job in dense if wanted(job) or not (args.work / job.weights).exists()]
+        run_all(((job, bench.pretrain(job)) for job in missing), args.lanes, args.device, ended)
+        run_all(((job, bench.compress(job)) for job in jobs if wanted(job)), args.lanes, args.device, ended)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +647,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         out.append("|---|---|---|---|---|---|---|")
         ranked = sorted(methods.items(), key=lambda item: -statistics.mean(x["accuracy"] for x in item[1]))
         for name, runs in ranked:
-            cut = [spread([x[c] for x in runs]) if c in runs[0] else "" for c in ("accuracy_cut", "accuracy_recalibrated")]
+            columns = ("accuracy_cut", "accuracy_recalibrated")
+            cut = [spread([x[c] for x in runs]) if c in runs[0] else "" for c in columns]
             share = statistics.mean(100 * x["flops"] / sizes[net_key] for x in runs)
             params = statistics.mean(x["params"] / 1000 for x in runs)
             accuracy = spread([x["accuracy"] for x in runs])
@@ -717,8 +705,9 @@ def main() -> None:
     parser.add_argument("--subset", type=int, default=0, help="train on so many images only (0: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the forward passes")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    parser.add_argument("--lanes", type=int, default=1, help="runs that share the device")
+    parser.add_argument("--workers", type=int, default=2, help="processes for what runs on the CPU")
+    parser.add_argument("--commit", help="to be recorded where there is no git")
     args = parser.parse_args()
     args.work = args.work or args.out / "work"
     if args.command == "run":
