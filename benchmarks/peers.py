@@ -500,14 +500,14 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 class Bench:
     """What all runs share."""
 
-    def __init__(self, args: argparse.Namespace, pool: concurrent.futures.Executor, compiled: bool) -> None:
+    def __init__(self, args: argparse.Namespace, pool: concurrent.futures.Executor) -> None:
         self.args, self.pool = args, pool
         self.data = {name: load_cached(name, args) for name in args.datasets}
         self.nets: dict[str, Net] = {}
         self.objectives = {}
         for model in args.models:
             job = Job("", model, args.width, 0.5, "", 0)
-            self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision, compiled)
+            self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision, args.compile)
             for budget in args.budgets:
                 self.objectives[model, budget] = gated(network(job), budget)._objective
 
@@ -606,7 +606,7 @@ def run(args: argparse.Namespace) -> None:
 
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        bench = Bench(args, pool, args.device == "cuda")
+        bench = Bench(args, pool)
         missing = [job for job in dense if wanted(job) or not (args.work / job.weights).exists()]
         run_all(((job, bench.pretrain(job)) for job in missing), args.lanes, args.device, ended)
         run_all(((job, bench.compress(job)) for job in jobs if wanted(job)), args.lanes, args.device, ended)
@@ -705,6 +705,7 @@ def main() -> None:
     parser.add_argument("--subset", type=int, default=0, help="train on so many images only (0: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the forward passes")
+    parser.add_argument("--compile", action="store_true", help="fuse the loss with torch.compile")
     parser.add_argument("--lanes", type=int, default=1, help="runs that share the device")
     parser.add_argument("--workers", type=int, default=2, help="processes for what runs on the CPU")
     parser.add_argument("--commit", help="to be recorded where there is no git")
