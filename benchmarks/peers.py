@@ -415,30 +415,23 @@ def group_norm(run: Run) -> Callable[[Weights], None]:
 
 
 def dnal(run: Run) -> Generator[None, None, Outcome]:
-    """The default search; the weights learn in every second step, with the learning rate of the fine-tuning."""
+    """The default search; the weights learn in the same steps, at the learning rate of the fine-tuning."""
     epochs = run.args.search_epochs
     steps = epochs * run.per_epoch
     start = yield from run.elsewhere(start_scores, run.state())
     objective = copy.deepcopy(run.bench.objectives[run.job.model, run.job.budget])
-    scores = Scores(objective, start.to(run.net.device), steps, steps // 2)
+    scores = Scores(objective, start.to(run.net.device), steps)
     s, delta = scores.gates(0)
     g = torch.sigmoid(delta * s).float()
 
-    def architecture(g: Tensor, step: Tensor, moves: bool) -> None:
-        if moves:
-            assert g.grad is not None
-            scores.update(g.grad, g)
+    def architecture(g: Tensor, step: Tensor) -> None:
+        assert g.grad is not None
+        scores.update(g.grad, g)
         s, delta = scores.gates(step.clamp(max=steps - 1))
         g.copy_(torch.sigmoid(delta * s))
 
-    yield from run.training(
-        g,
-        run.cosine(run.args.lr, run.args.epochs)[:steps],
-        1,
-        architecture=architecture,
-        learns_weights=lambda step: step % 2 == 1,
-        moves_gates=lambda step: step % 2 == 0,
-    ).steps()
+    lr = run.cosine(run.args.lr, run.args.epochs)[:steps]
+    yield from run.training(g, lr, 1, architecture=architecture).steps()
     accuracy = yield from run.net.accuracy(run.weights, g, run.test)
     decided = float(((g < 0.05) | (g > 0.95)).float().mean())
     keep = yield from run.elsewhere(cut_by_score, scores.value.cpu(), scores.floor)
@@ -454,7 +447,7 @@ def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
     table = torch.tensor([delta_paper(t, steps) for t in range(steps)], dtype=torch.float64, device=run.net.device)
     g = torch.full((run.net.units,), 0.5, device=run.net.device)
 
-    def architecture(g: Tensor, step: Tensor, moves: bool) -> None:
+    def architecture(g: Tensor, step: Tensor) -> None:
         assert g.grad is not None
         now, then = (table.index_select(0, at.clamp(max=steps - 1)) for at in (step - 1, step))
         soft, sigma = g.double(), torch.sigmoid(s)
@@ -463,10 +456,7 @@ def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
         s.sub_(momentum, alpha=PAPER_LR)
         g.copy_(torch.sigmoid(then * s))
 
-    training = run.training(
-        g, [0.0] * steps, 1, architecture=architecture, learns_weights=lambda _: False, moves_gates=lambda _: True
-    )
-    yield from training.steps()
+    yield from run.training(g, [0.0] * steps, 1, architecture=architecture, frozen=True).steps()
     accuracy = yield from run.net.accuracy(run.weights, g, run.test)
     decided = float(((g < 0.05) | (g > 0.95)).float().mean())
     keep = yield from run.elsewhere(cut_by_score, s.cpu(), [])
@@ -507,7 +497,7 @@ class Bench:
         self.objectives = {}
         for model in args.models:
             job = Job("", model, args.width, 0.5, "", 0)
-            self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision, args.compile)
+            self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision)
             for budget in args.budgets:
                 self.objectives[model, budget] = gated(network(job), budget)._objective
 
@@ -567,9 +557,12 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     where = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
     packages = ("torch", "torch-pruning", "fvcore", "nni")
+    asked = {"datasets": args.datasets, "models": args.models, "budgets": args.budgets, "methods": args.methods}
+    options = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in asked.items())
+    numbers = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings_of(args).items())
     return {
         "settings": settings_of(args),
-        "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/peers.py run {options} {numbers}",
         "commit": args.commit or commit.stdout.strip() or None,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
@@ -589,7 +582,7 @@ def run(args: argparse.Namespace) -> None:
     done = {key(line) for line in read_lines(lines)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     dense = [Job(d, m, args.width, 1.0, "dense", s) for d in args.datasets for m in args.models for s in seeds]
-    jobs = [dataclasses.replace(j, budget=b, method=m) for m in args.methods for j in dense for b in args.budgets]
+    jobs = [dataclasses.replace(j, budget=b, method=m) for m in args.methods for b in args.budgets for j in dense]
     start = time.perf_counter()
 
     def ended(job: Job, result: dict[str, Any]) -> None:
@@ -705,7 +698,6 @@ def main() -> None:
     parser.add_argument("--subset", type=int, default=0, help="train on so many images only (0: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the forward passes")
-    parser.add_argument("--compile", action="store_true", help="fuse the loss with torch.compile")
     parser.add_argument("--lanes", type=int, default=1, help="runs that share the device")
     parser.add_argument("--workers", type=int, default=2, help="processes for what runs on the CPU")
     parser.add_argument("--commit", help="to be recorded where there is no git")

@@ -134,18 +134,18 @@ def floor_ranks(sizes: Sequence[int], floor: Sequence[int]) -> Tensor:
 def price(objective: Objective, score: Tensor, delta: Tensor, held: Tensor, targets: Tensor) -> Tensor:
     """The price per target at which ``sigmoid(delta * (score - price))`` costs ``targets``, without a host sync.
 
-    The cost falls as the price rises, so a bracket is narrowed: 16 prices at a time (one pass over the cost model), to
-    1 / 15 ** 7 of its width. Units in ``held`` stay open whatever the price. Shapes: score, held ``[units]``; targets
+    The cost falls as the price rises, so a bracket is narrowed: 32 prices at a time (one pass over the cost model), to
+    1 / 31 ** 5 of its width. Units in ``held`` stay open whatever the price. Shapes: score, held ``[units]``; targets
     and the result ``[k]``.
     """
     reach = 30.0 / delta
     low = (score.min() - reach).expand_as(targets)
     high = (score.max() + reach).expand_as(targets)
-    fractions = torch.linspace(0, 1, 16, dtype=score.dtype, device=score.device).unsqueeze(1)
-    for _ in range(7):
-        trial = low + (high - low) * fractions  # [16, k]
+    fractions = torch.linspace(0, 1, 32, dtype=score.dtype, device=score.device).unsqueeze(1)
+    for _ in range(5):
+        trial = low + (high - low) * fractions  # [32, k]
         cost = objective.relative(gates(score - trial.index_select(1, objective.owner), delta, held))
-        dear = (cost > targets).sum(0, keepdim=True).clamp(1, 15)
+        dear = (cost > targets).sum(0, keepdim=True).clamp(1, 31)
         low, high = trial.gather(0, dear - 1)[0], trial.gather(0, dear)[0]
     return high
 

@@ -1,4 +1,4 @@
-"""The decoupled search: architecture steps that move the gates, weight steps that do not."""
+"""The search: steps that move the gates, with frozen weights or with weights that learn at the same time."""
 
 from __future__ import annotations
 
@@ -59,15 +59,14 @@ class Scores:
         objective: what the search is held to.
         start: the first scores, float64 ``[units]``.
         steps: planned number of steps.
-        updates: how many of them call :meth:`update`.
 
     Attributes:
         value: the scores, float64 ``[units]``.
         floor: units that stay open in each group.
     """
 
-    def __init__(self, objective: Objective, start: Tensor, steps: int, updates: int) -> None:
-        self.objective, self.updates = objective, updates
+    def __init__(self, objective: Objective, start: Tensor, steps: int) -> None:
+        self.objective, self.steps = objective, steps
         self.floor = objective.to("cpu").floor()
         objective.to(start.device)
         self.within_floor = floor_ranks(objective.sizes, self.floor).to(start.device)
@@ -89,7 +88,7 @@ class Scores:
         self.scale.copy_(torch.where(self.scale == 0, mean_square, 0.9 * self.scale + 0.1 * mean_square))
         worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
         self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
-        self.value.add_(self.momentum, alpha=REACH / self.updates)
+        self.value.add_(self.momentum, alpha=REACH / self.steps)
 
     @torch.no_grad()
     def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +122,7 @@ class Search:
         steps: planned number of calls of :meth:`step`.
         objective: what the search is held to, or None for the paper's.
         lambda_: weight of the paper's regulariser.
-        optimizer: of the model's weights. If given, weights learn in every second step; otherwise they are frozen.
+        optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
         progress: show a progress bar.
     """
 
@@ -150,8 +149,7 @@ class Search:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.scores: Scores | None = None
         if objective is not None:
-            updates = steps if optimizer is None else max(1, steps // 2)
-            self.scores = Scores(objective, importance(model, groups).to(device), steps, updates)
+            self.scores = Scores(objective, importance(model, groups).to(device), steps)
             self.score, self.momentum, self.scale = self.scores.value, self.scores.momentum, self.scores.scale
             self.floor = self.scores.floor
         else:
@@ -169,10 +167,13 @@ class Search:
             self.saved = {_ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
         self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=not self.progress)
         for gate in self.gates:
-            gate.straight_through = self.objective is not None
             gate.state = GateState.SOFT
+            if self.scores is None:
+                gate.s.requires_grad_(True)
+            else:
+                gate.value = torch.ones_like(gate.s).requires_grad_()
         self._set_gates()
-        self._choose_phase()
+        self._freeze()
         return self
 
     def __exit__(
@@ -184,7 +185,7 @@ class Search:
             parameter.grad = grad
         for gate in self.gates:
             gate.s.requires_grad_(False)
-            gate.s.grad = None
+            gate.s.grad = gate.value = None
             if error is not None:
                 gate.state = GateState.TRANSPARENT
         if isinstance(error, DNALError):
@@ -203,11 +204,11 @@ class Search:
 
     @property
     def learns_weights(self) -> bool:
-        """Whether the next step is a weight step."""
-        return self.optimizer is not None and self.done < self.steps and self.done % 2 == 1
+        """Whether the weights make a step in the next one too."""
+        return self.optimizer is not None and self.done < self.steps
 
     def step(self, loss: Tensor) -> None:
-        """Backward of ``loss`` (0-d), then one architecture step, or one weight step where weights learn too.
+        """Backward of ``loss`` (0-d), then one step of the gates, and of the weights where they learn too.
 
         Steps beyond the planned number change nothing.
         """
@@ -240,11 +241,12 @@ class Search:
         return loss + self.lambda_ * torch.stack([torch.sigmoid(gate.s).sum() for gate in self.gates]).sum()
 
     def before_optimizer_step(self) -> None:
-        """The architecture step, between a backward pass and the weights' own step."""
-        if self.learns_weights or self.done >= self.steps:
+        """The step of the gates, between a backward pass and the weights' own step."""
+        if self.done >= self.steps:
             return
-        for parameter in self._trainable:
-            parameter.grad = None  # frozen: not even decay or momentum may move a weight
+        if not self.learns_weights:
+            for parameter in self._trainable:
+                parameter.grad = None  # frozen: not even decay or momentum may move a weight
         self.update()
 
     def after_optimizer_step(self) -> None:
@@ -253,11 +255,12 @@ class Search:
             self.advance()
 
     def advance(self) -> None:
-        """Count a step, and prepare the gates and the phase of the next one."""
+        """Count a step, and prepare the gates of the next one."""
         self.done += 1
         if self.done < self.steps:
             self._set_gates()
-        self._choose_phase()
+        else:
+            self._freeze()
         self.bar.update()
         if self._reports(self.done):
             g = torch.cat([gate().detach() for gate in self.gates]).double()
@@ -268,26 +271,24 @@ class Search:
     def _reports(self, step: int) -> bool:
         return step % max(1, self.steps // 100) == 0 or step == self.steps
 
-    def _choose_phase(self) -> None:
+    def _freeze(self) -> None:
         for parameter in self._trainable:
             parameter.requires_grad_(self.learns_weights)
-        for gate in self.gates:
-            gate.s.requires_grad_(not self.learns_weights)
 
-    # -- architecture steps -------------------------------------------------------------------------------------------
+    # -- the gates ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self) -> None:
-        """One architecture step from the gradients in ``s.grad``."""
-        grads = [gate.s.grad if gate.s.grad is not None else torch.zeros_like(gate.s) for gate in self.gates]
-        grad = torch.cat(grads).double()
-        for gate in self.gates:
-            gate.s.grad = None
+        """One step of the gates, from the gradients that the backward pass left."""
+        leaves = [gate.s if gate.value is None else gate.value for gate in self.gates]
+        grad = torch.cat([t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]).double()
+        for leaf in leaves:
+            leaf.grad = None
         if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=PAPER_LR)
         else:
-            self.scores.update(grad, torch.cat([gate().detach() for gate in self.gates]))
+            self.scores.update(grad, torch.cat(leaves))
 
     @torch.no_grad()
     def _set_gates(self) -> None:
@@ -296,9 +297,13 @@ class Search:
             s, delta = self.score, self.score.new_tensor(delta_paper(self.done, self.steps))
         else:
             s, delta = self.scores.gates(self.done)
-        for gate, part in zip(self.gates, s.split([gate.s.numel() for gate in self.gates])):
-            gate.s.copy_(part)
-            gate.delta.copy_(delta)
+        sizes = [gate.s.numel() for gate in self.gates]
+        # one kernel for all gates
+        torch._foreach_copy_([gate.s for gate in self.gates], s.to(self.gates[0].s.dtype).split(sizes))
+        torch._foreach_copy_([gate.delta for gate in self.gates], [delta.to(self.gates[0].delta.dtype)] * len(sizes))
+        if self.scores is not None:
+            values = [gate.value for gate in self.gates if gate.value is not None]
+            torch._foreach_copy_(values, torch.sigmoid(delta * s).to(values[0].dtype).split(sizes))
 
     @torch.no_grad()
     def decided(self) -> float:
