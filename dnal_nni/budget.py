@@ -80,13 +80,18 @@ class Objective:
             kept = ((1 - torch.tensor(ratios, dtype=torch.float64)) * sizes).round().clamp(min=1)
             self.targets, self.owner = kept / sizes, self.group_of
 
+    def to(self, device: torch.device | str) -> Objective:
+        """Move to a device, in place."""
+        self.cost.to(device)
+        self.group_of, self.targets, self.owner = (t.to(device) for t in (self.group_of, self.targets, self.owner))
+        return self
+
     def relative(self, g: Tensor) -> Tensor:
-        """Cost at gates ``g`` (float ``[units]``) as fractions of the dense one, ``[k]``."""
+        """Cost ``[..., k]`` at gates ``g`` (float ``[..., units]``), as fractions of the dense one."""
         if self.budget is None:
-            sums = g.new_zeros(len(self.sizes)).index_add(0, self.group_of.to(g.device), g)
-            return sums / torch.tensor(self.sizes, device=g.device)
+            return torch.stack([part.mean(-1) for part in g.split(self.sizes, -1)], -1)
         spent = getattr(self.cost, self.budget.kind)(g)
-        return (spent / getattr(self.cost.dense, self.budget.kind)).reshape(1)
+        return (spent / getattr(self.cost.dense, self.budget.kind)).unsqueeze(-1)
 
     def floor(self) -> list[int]:
         """Units of each group held open while searching: no group may close whole, or collapse."""
@@ -114,33 +119,38 @@ class Objective:
             )
 
 
-def held_open(score: Tensor, sizes: Sequence[int], floor: Sequence[int]) -> Tensor:
-    """bool ``[units]``: the ``floor`` best-scored units of every group."""
-    parts = []
-    for part, least in zip(score.split(list(sizes)), floor):
-        mask = torch.zeros_like(part, dtype=torch.bool)
-        mask[part.topk(least).indices] = True
-        parts.append(mask)
-    return torch.cat(parts)
+def held_open(score: Tensor, group_of: Tensor, within: Tensor) -> Tensor:
+    """bool ``[units]``: the best-scored units of every group, as many as :func:`floor_ranks` of it says."""
+    order = score.argsort(descending=True, stable=True)
+    order = order[group_of[order].argsort(stable=True)]  # best first, group by group
+    return torch.zeros_like(within).scatter(0, order, within)
 
 
-def price(objective: Objective, score: Tensor, delta: float, held: Tensor, targets: Tensor) -> Tensor:
-    """The price per target at which ``sigmoid(delta * (score - price))`` costs ``targets``: bisection, no host sync.
+def floor_ranks(sizes: Sequence[int], floor: Sequence[int]) -> Tensor:
+    """bool ``[units]``: true for the first ``floor`` ranks of each group."""
+    return torch.cat([torch.arange(size) < least for size, least in zip(sizes, floor)])
 
-    Units in ``held`` stay open whatever the price. Shapes: score, held ``[units]``; targets and the result ``[k]``.
+
+def price(objective: Objective, score: Tensor, delta: Tensor, held: Tensor, targets: Tensor) -> Tensor:
+    """The price per target at which ``sigmoid(delta * (score - price))`` costs ``targets``, without a host sync.
+
+    The cost falls as the price rises, so a bracket is narrowed: 32 prices at a time (one pass over the cost model), to
+    1 / 31 ** 5 of its width. Units in ``held`` stay open whatever the price. Shapes: score, held ``[units]``; targets
+    and the result ``[k]``.
     """
-    owner = objective.owner.to(score.device)
     reach = 30.0 / delta
-    low = (score.min() - reach).expand_as(targets).clone()
-    high = (score.max() + reach).expand_as(targets).clone()
-    for _ in range(40):
-        middle = (low + high) / 2
-        dear = objective.relative(gates(score - middle[owner], delta, held)) > targets
-        low, high = torch.where(dear, middle, low), torch.where(dear, high, middle)
+    low = (score.min() - reach).expand_as(targets)
+    high = (score.max() + reach).expand_as(targets)
+    fractions = torch.linspace(0, 1, 32, dtype=score.dtype, device=score.device).unsqueeze(1)
+    for _ in range(5):
+        trial = low + (high - low) * fractions  # [32, k]
+        cost = objective.relative(gates(score - trial.index_select(1, objective.owner), delta, held))
+        dear = (cost > targets).sum(0, keepdim=True).clamp(1, 31)
+        low, high = trial.gather(0, dear - 1)[0], trial.gather(0, dear)[0]
     return high
 
 
-def gates(s: Tensor, delta: float, held: Tensor) -> Tensor:
+def gates(s: Tensor, delta: Tensor, held: Tensor) -> Tensor:
     """``sigmoid(delta * s)``, 1 where held open."""
     return torch.where(held, torch.ones_like(s), torch.sigmoid(delta * s))
 
@@ -155,7 +165,8 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
         target: fraction of the dense cost, instead of the budget's own (to correct for what the model cannot see).
     """
     s = s.detach().double().cpu()
-    keep = held_open(s, objective.sizes, floor)
+    objective.to("cpu")
+    keep = held_open(s, objective.group_of, floor_ranks(objective.sizes, floor))
     if objective.budget is None:
         for i, part in enumerate(s.split(objective.sizes)):
             best = part.topk(round(float(objective.targets[i]) * len(part))).indices

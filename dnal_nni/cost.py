@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
@@ -97,9 +98,12 @@ class CostModel:
             offset += group.channels
         rows, units = (np.array(part, dtype=np.int64) for part in zip(*counts))
         weight = np.array(list(counts.values()), dtype=np.float64) / np.array(channels)[rows]
-        self.rows, self.units, self.weight = torch.from_numpy(rows), torch.from_numpy(units), torch.from_numpy(weight)
-        gated = torch.zeros(len(channels), dtype=torch.float64).index_add_(0, self.rows, self.weight)
-        self.base = 1 - gated
+        order = np.argsort(rows, kind="stable")
+        self.units, self.weight = torch.from_numpy(units[order]), torch.from_numpy(weight[order])
+        entries = torch.from_numpy(np.bincount(rows, minlength=len(channels)))
+        self.last = entries.cumsum(0)  # of each row, in a cumulative sum that starts with 0
+        self.first = self.last - entries
+        self.base = 1 - torch.from_numpy(np.bincount(rows, weight, minlength=len(channels)))
 
         terms: list[tuple[float, float, int, int]] = []  # flops, params, row a, row b
         tensors = dict(model.named_parameters())
@@ -127,15 +131,24 @@ class CostModel:
         self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
         self.param_rest = self.dense.params - float(self.param_terms.sum())
 
+    def to(self, device: torch.device | str) -> CostModel:
+        """Move the tables, in place: gates on a GPU are priced there, without a transfer per call."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
     def _fractions(self, g: Tensor) -> Tensor:
-        share = self.weight.to(g) * g.index_select(0, self.units.to(g.device))
-        f = self.base.to(g).index_add(0, self.rows.to(g.device), share)
-        return f[self.a.to(g.device)] * f[self.b.to(g.device)]
+        # a cumulative sum and its differences: unlike index_add, one kernel for any number of leading dimensions
+        share = self.weight.to(g.dtype) * g.index_select(-1, self.units)
+        sums = F.pad(share.cumsum(-1), (1, 0))
+        f = self.base.to(g.dtype) + sums.index_select(-1, self.last) - sums.index_select(-1, self.first)
+        return f.index_select(-1, self.a) * f.index_select(-1, self.b)
 
     def flops(self, g: Tensor) -> Tensor:
-        """Expected FLOPs, 0-d, at gates ``g``: all active groups' gates concatenated, float ``[units]``."""
-        return (self.flop_terms.to(g) * self._fractions(g)).sum() + self.flop_rest
+        """Expected FLOPs ``[...]`` at gates ``g``: all active groups' gates concatenated, float ``[..., units]``."""
+        return (self.flop_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.flop_rest
 
     def params(self, g: Tensor) -> Tensor:
-        """Expected number of parameters, 0-d, at gates ``g``."""
-        return (self.param_terms.to(g) * self._fractions(g)).sum() + self.param_rest
+        """Expected number of parameters ``[...]`` at gates ``g``, float ``[..., units]``."""
+        return (self.param_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.param_rest

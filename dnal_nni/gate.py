@@ -27,25 +27,27 @@ class ScaledSigmoidGate(nn.Module):
 
     Args:
         channels: number of units of the group (a unit is what can only be removed as one: usually one channel).
-        straight_through: in the soft state, pass dL/dg on to ``s`` instead of ``dL/dg * delta * g * (1 - g)``.
-            ``g`` has the same value; saturated gates keep receiving a gradient, so that a closed one can reopen.
 
     Attributes:
         s: parameter ``[channels]``, float32, trainable only inside a search.
         delta: 0-d buffer. A tensor, so that a compiled model is not compiled again as it grows.
         mask: bool buffer ``[channels]``, used in the hard state.
         state: a :class:`GateState`.
+        value: in the soft state, ``g`` itself where a search keeps it, as a leaf: the search reads dL/dg from its
+            gradient. Saturated gates then have a gradient too, so that a closed one can reopen, and the many places
+            where one gate acts do not each compute the same sigmoid.
     """
 
     delta: Tensor
     mask: Tensor
+    value: Tensor | None
 
-    def __init__(self, channels: int, *, straight_through: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.s = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.register_buffer("delta", torch.ones(()))
         self.register_buffer("mask", torch.ones(channels, dtype=torch.bool))
-        self.straight_through = straight_through
+        self.value = None
         self.state = GateState.TRANSPARENT
 
     def forward(self) -> Tensor:
@@ -54,10 +56,9 @@ class ScaledSigmoidGate(nn.Module):
             return torch.ones_like(self.s)
         if self.state is GateState.HARD:
             return self.mask.to(self.s.dtype)
-        g = torch.sigmoid(self.delta * self.s)
-        if self.straight_through:
-            return g.detach() + (self.s - self.s.detach())
-        return g
+        if self.value is not None:
+            return self.value
+        return torch.sigmoid(self.delta * self.s)
 
     def harden(self, keep: Tensor) -> None:
         """Fix the gate to 1 where ``keep`` (bool ``[channels]``) is true and to 0 elsewhere."""

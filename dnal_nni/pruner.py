@@ -212,7 +212,7 @@ class DNALPruner(Pruner):
 
         Args:
             steps: how many batches you are going to give it.
-            optimizer: of the model's weights. If given, weights learn in every second step; otherwise they are frozen.
+            optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
             progress: show a progress bar.
         """
         start = time.perf_counter()

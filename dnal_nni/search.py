@@ -1,4 +1,4 @@
-"""The decoupled search: architecture steps that move the gates, weight steps that do not."""
+"""The search: steps that move the gates, with frozen weights or with weights that learn at the same time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, held_open, price
+from .budget import Objective, floor_ranks, held_open, price
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv
@@ -47,6 +47,63 @@ def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
     return torch.cat(scores)
 
 
+class Scores:
+    """What every unit is worth, and what the gates should be at each step of a search under an objective.
+
+    A gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's weights and collects
+    ``-dL/dg`` per unit of cost; the price is set at every step so that the expected cost follows a descent to the
+    target. A gate thus closes when it is worth less, per cost, than what the budget can afford, and reopens when it is
+    worth more. Everything stays on the device of the scores, without a host sync: a step can be put into a CUDA graph.
+
+    Args:
+        objective: what the search is held to.
+        start: the first scores, float64 ``[units]``.
+        steps: planned number of steps.
+
+    Attributes:
+        value: the scores, float64 ``[units]``.
+        floor: units that stay open in each group.
+    """
+
+    def __init__(self, objective: Objective, start: Tensor, steps: int) -> None:
+        self.objective, self.steps = objective, steps
+        self.floor = objective.to("cpu").floor()
+        objective.to(start.device)
+        self.within_floor = floor_ranks(objective.sizes, self.floor).to(start.device)
+        self.value = start.clone()
+        self.momentum = torch.zeros_like(start)
+        self.scale = start.new_zeros(())
+        self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
+        descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
+        self.aims = objective.targets + (0.98 - objective.targets) * descent
+
+    @torch.no_grad()
+    def update(self, grad: Tensor, g: Tensor) -> None:
+        """One architecture step from dL/dg at the gates ``g``, both ``[units]``."""
+        g = g.to(self.value.dtype).requires_grad_()
+        with torch.enable_grad():
+            (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
+        worth = -grad.to(self.value.dtype) / marginal.clamp(min=1e-12)  # loss saved per unit of cost
+        mean_square = worth.square().mean()
+        self.scale.copy_(torch.where(self.scale == 0, mean_square, 0.9 * self.scale + 0.1 * mean_square))
+        worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
+        self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
+        self.value.add_(self.momentum, alpha=REACH / self.steps)
+
+    @torch.no_grad()
+    def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
+        delta, aims = _entry(self.delta, step), _entry(self.aims, step)
+        held = held_open(self.value, self.objective.group_of, self.within_floor)
+        s = self.value - price(self.objective, self.value, delta, held, aims)[self.objective.owner]
+        # held open: far enough on the open side
+        return torch.where(held, torch.maximum(s, 6.0 / delta), s), delta
+
+
+def _entry(table: Tensor, step: int | Tensor) -> Tensor:
+    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
+
+
 def _ungated(name: str) -> str:
     """The name that a parameter has while no gate acts on it."""
     return name.replace(".parametrizations", "").removesuffix(".original")
@@ -55,10 +112,7 @@ def _ungated(name: str) -> str:
 class Search:
     """A search over a fixed number of steps; use it as a context manager and call :meth:`step` after each forward.
 
-    With an ``objective``, a gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's
-    weights and then collects ``-dL/dg`` per unit of cost, and the price is set at every step so that the expected cost
-    follows a descent to the target. A gate thus closes when it is worth less, per cost, than what the budget can
-    afford, and reopens when it is worth more. Without one, it is the paper's search:
+    With an ``objective``, :class:`Scores` says what the gates are. Without one, it is the paper's search:
     ``loss + lambda * sum sigmoid(s)``, SGD on ``s`` from 0, which leaves the final cost to lambda.
 
     Args:
@@ -68,7 +122,7 @@ class Search:
         steps: planned number of calls of :meth:`step`.
         objective: what the search is held to, or None for the paper's.
         lambda_: weight of the paper's regulariser.
-        optimizer: of the model's weights. If given, weights learn in every second step; otherwise they are frozen.
+        optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
         progress: show a progress bar.
     """
 
@@ -92,12 +146,15 @@ class Search:
         self.done = 0
         self.history: list[dict[str, float]] = []
         device = self.gates[0].s.device
-        self.score = torch.zeros(sum(g.channels for g in groups), dtype=torch.float64, device=device)
-        self.momentum = torch.zeros_like(self.score)
-        self.scale = torch.zeros((), dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.scores: Scores | None = None
         if objective is not None:
-            self.floor = objective.floor()
-            self.score = importance(model, groups).to(device)
+            self.scores = Scores(objective, importance(model, groups).to(device), steps)
+            self.score, self.momentum, self.scale = self.scores.value, self.scores.momentum, self.scores.scale
+            self.floor = self.scores.floor
+        else:
+            self.score = torch.zeros(sum(g.channels for g in groups), dtype=torch.float64, device=device)
+            self.momentum, self.scale = torch.zeros_like(self.score), self.score.new_zeros(())
         self._trainable: list[nn.Parameter] = []
         self.saved: dict[str, Tensor] = {}
 
@@ -110,10 +167,13 @@ class Search:
             self.saved = {_ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
         self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=not self.progress)
         for gate in self.gates:
-            gate.straight_through = self.objective is not None
             gate.state = GateState.SOFT
+            if self.scores is None:
+                gate.s.requires_grad_(True)
+            else:
+                gate.value = torch.ones_like(gate.s).requires_grad_()
         self._set_gates()
-        self._choose_phase()
+        self._freeze()
         return self
 
     def __exit__(
@@ -125,7 +185,7 @@ class Search:
             parameter.grad = grad
         for gate in self.gates:
             gate.s.requires_grad_(False)
-            gate.s.grad = None
+            gate.s.grad = gate.value = None
             if error is not None:
                 gate.state = GateState.TRANSPARENT
         if isinstance(error, DNALError):
@@ -144,11 +204,11 @@ class Search:
 
     @property
     def learns_weights(self) -> bool:
-        """Whether the next step is a weight step."""
-        return self.optimizer is not None and self.done < self.steps and self.done % 2 == 1
+        """Whether the weights make a step in the next one too."""
+        return self.optimizer is not None and self.done < self.steps
 
     def step(self, loss: Tensor) -> None:
-        """Backward of ``loss`` (0-d), then one architecture step, or one weight step where weights learn too.
+        """Backward of ``loss`` (0-d), then one step of the gates, and of the weights where they learn too.
 
         Steps beyond the planned number change nothing.
         """
@@ -165,22 +225,28 @@ class Search:
         self.after_optimizer_step()
 
     def penalised(self, loss: Tensor) -> Tensor:
-        """The loss of the coming step: with the paper's regulariser where there is no objective; an error if NaN."""
-        if not bool(torch.isfinite(loss.detach()).all()):
+        """The loss of the coming step: with the paper's regulariser where there is no objective; an error if NaN.
+
+        On a GPU, looking at the loss would wait for the device: there it is looked at with every entry of the history.
+        """
+        wrong = ~torch.isfinite(loss.detach()).all() & (self.bad_step < 0)
+        self.bad_step.masked_fill_(wrong.to(self.bad_step.device), self.done)
+        if (not loss.is_cuda or self._reports(self.done + 1)) and int(self.bad_step) >= 0:
             raise DNALError(
-                f"the loss is {loss.detach().mean().item()} at search step {self.done}: lower the learning rate, check "
-                "the data, or use float32; the model's weights have been put back"
+                f"the loss is nan or infinite at search step {int(self.bad_step)}: lower the learning rate, check the "
+                "data, or use float32; the model's weights have been put back"
             )
         if self.objective is not None or self.done >= self.steps:
             return loss
         return loss + self.lambda_ * torch.stack([torch.sigmoid(gate.s).sum() for gate in self.gates]).sum()
 
     def before_optimizer_step(self) -> None:
-        """The architecture step, between a backward pass and the weights' own step."""
-        if self.learns_weights or self.done >= self.steps:
+        """The step of the gates, between a backward pass and the weights' own step."""
+        if self.done >= self.steps:
             return
-        for parameter in self._trainable:
-            parameter.grad = None  # frozen: not even decay or momentum may move a weight
+        if not self.learns_weights:
+            for parameter in self._trainable:
+                parameter.grad = None  # frozen: not even decay or momentum may move a weight
         self.update()
 
     def after_optimizer_step(self) -> None:
@@ -189,67 +255,55 @@ class Search:
             self.advance()
 
     def advance(self) -> None:
-        """Count a step, and prepare the gates and the phase of the next one."""
+        """Count a step, and prepare the gates of the next one."""
         self.done += 1
         if self.done < self.steps:
             self._set_gates()
-        self._choose_phase()
+        else:
+            self._freeze()
         self.bar.update()
-        if self.done % max(1, self.steps // 100) == 0 or self.done == self.steps:
+        if self._reports(self.done):
             g = torch.cat([gate().detach() for gate in self.gates]).double()
             cost = float(self.objective.relative(g).mean()) if self.objective is not None else float(g.mean())
             self.history.append({"step": self.done, "delta": float(self.gates[0].delta), "cost": cost})
             self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
 
-    def _choose_phase(self) -> None:
+    def _reports(self, step: int) -> bool:
+        return step % max(1, self.steps // 100) == 0 or step == self.steps
+
+    def _freeze(self) -> None:
         for parameter in self._trainable:
             parameter.requires_grad_(self.learns_weights)
-        for gate in self.gates:
-            gate.s.requires_grad_(not self.learns_weights)
 
-    # -- architecture steps -------------------------------------------------------------------------------------------
+    # -- the gates ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self) -> None:
-        """One architecture step from the gradients in ``s.grad``."""
-        grads = [gate.s.grad if gate.s.grad is not None else torch.zeros_like(gate.s) for gate in self.gates]
-        grad = torch.cat(grads).double()
-        for gate in self.gates:
-            gate.s.grad = None
-        if self.objective is None:
+        """One step of the gates, from the gradients that the backward pass left."""
+        leaves = [gate.s if gate.value is None else gate.value for gate in self.gates]
+        grad = torch.cat([t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]).double()
+        for leaf in leaves:
+            leaf.grad = None
+        if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=PAPER_LR)
-            return
-        g = torch.cat([gate().detach() for gate in self.gates]).double().requires_grad_()
-        with torch.enable_grad():
-            (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
-        worth = -grad / marginal.clamp(min=1e-12)  # loss saved per unit of cost
-        mean_square = worth.square().mean()
-        first = self.scale == 0
-        self.scale = torch.where(first, mean_square, 0.9 * self.scale + 0.1 * mean_square)
-        worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
-        self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
-        moves = self.steps if self.optimizer is None else self.steps / 2
-        self.score.add_(self.momentum, alpha=REACH / moves)
+        else:
+            self.scores.update(grad, torch.cat(leaves))
 
     @torch.no_grad()
     def _set_gates(self) -> None:
         """delta and ``s`` for the coming step."""
-        if self.objective is None:
-            delta, s = delta_paper(self.done, self.steps), self.score
+        if self.scores is None:
+            s, delta = self.score, self.score.new_tensor(delta_paper(self.done, self.steps))
         else:
-            delta = delta_per_step(self.done, self.steps)
-            held = held_open(self.score, self.objective.sizes, self.floor)
-            targets = self.objective.targets.to(self.score.device)
-            aims = torch.ones_like(targets) * 0.98
-            share = ramp(self.done, self.steps, 1.0, 0.0)
-            aims = targets + (aims - targets) * share
-            s = self.score - price(self.objective, self.score, delta, held, aims)[self.objective.owner.to(held.device)]
-            # held open: far enough on the open side
-            s = torch.where(held, s.clamp(min=6.0 / delta), s)
-        for gate, part in zip(self.gates, s.split([gate.s.numel() for gate in self.gates])):
-            gate.s.copy_(part)
-            gate.delta.fill_(delta)
+            s, delta = self.scores.gates(self.done)
+        sizes = [gate.s.numel() for gate in self.gates]
+        # one kernel for all gates
+        torch._foreach_copy_([gate.s for gate in self.gates], s.to(self.gates[0].s.dtype).split(sizes))
+        torch._foreach_copy_([gate.delta for gate in self.gates], [delta.to(self.gates[0].delta.dtype)] * len(sizes))
+        if self.scores is not None:
+            values = [gate.value for gate in self.gates if gate.value is not None]
+            torch._foreach_copy_(values, torch.sigmoid(delta * s).to(values[0].dtype).split(sizes))
 
     @torch.no_grad()
     def decided(self) -> float:

@@ -50,15 +50,19 @@ def normalised(pixels: Tensor) -> Tensor:
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4, crop 32x32 at a random place, flip every second image or so; uint8 in and out."""
+def augmented(pixels: Tensor, generator: torch.Generator, margin: int = 4, flips: bool = True) -> Tensor:
+    """Pad by `margin`, crop at a random place, flip every second image or so; uint8 in and out.
+
+    The generator may live on the device of the pixels: then nothing is copied to it.
+    """
     count, size = pixels.shape[:2]
-    top, left = torch.randint(0, 9, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < 0.5
-    steps = torch.arange(size)
+    device = generator.device
+    top, left = torch.randint(0, 2 * margin + 1, (2, count, 1), generator=generator, device=device)
+    flip = torch.rand(count, 1, generator=generator, device=device) < (0.5 if flips else 0.0)
+    steps = torch.arange(size, device=device)
     rows = (top + steps).to(pixels.device)
     columns = (left + torch.where(flip, steps.flip(0), steps)).to(pixels.device)
-    padded = F.pad(pixels, (0, 0, 4, 4, 4, 4))
+    padded = F.pad(pixels, (0, 0, margin, margin, margin, margin))
     images = torch.arange(count, device=pixels.device)
     return padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
 

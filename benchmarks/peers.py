@@ -1,0 +1,713 @@
+"""DNAL beside its peers: same trained weights, same total epochs (search included), same fvcore MACs.
+
+    python benchmarks/peers.py run --data DIR --out benchmarks/results/peers --datasets cifar10 --models resnet20
+    python benchmarks/peers.py report --out benchmarks/results/peers
+
+`run` appends one JSON line per run to OUT/runs.jsonl; a run whose line is there is not repeated, so a stopped benchmark
+goes on where it stopped. `report` makes table.md and curves.png from the lines. DIR holds cifar10/{train,test}/<class>/
+images (or torchvision's cifar-10-batches-py) and FashionMNIST/raw; digits are scikit-learn's.
+
+Rules for all: a trained network, then `--epochs` epochs in all; a method that searches or trains sparsely does so
+inside of them. Every cut hits the budget to the channel with the same code, in the method's own order of removal, and
+has its norms re-estimated on 50 batches. The accuracy is the last epoch's, of the physically smaller network. How the
+runs are trained, many at once: engine.py. NNI's own pruners are not in the table yet: they need
+`speedup(model, masks)`, which this package does not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import copy
+import dataclasses
+import gzip
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from cifar_data import load_images  # noqa: E402
+from cifar_models import MODELS, init_weights  # noqa: E402
+from engine import Data, Net, Training, Weights, batches, offload, run_all  # noqa: E402
+
+from dnal_nni import Budget, DNALPruner, measure  # noqa: E402
+from dnal_nni.budget import exact_cut  # noqa: E402
+from dnal_nni.schedule import delta_paper  # noqa: E402
+from dnal_nni.search import PAPER_LR, PAPER_MOMENTUM, Scores, importance  # noqa: E402
+
+CONV = [{"op_types": ["Conv2d"]}]
+RECALIBRATION_BATCHES = 50
+PAPER_LAMBDA = 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def idx_file(path: Path) -> np.ndarray:
+    """An array in the format of the MNIST files."""
+    raw = gzip.decompress(path.read_bytes())
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def load(dataset: str, root: Path, train: bool) -> Data:
+    """One split of a data set, as images of 32 x 32 pixels."""
+    if dataset == "cifar10":
+        images = load_images(root / "cifar10", train, 0, False)
+        return Data(images.pixels, images.labels, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True)
+    if dataset == "fashion_mnist":
+        name = "train" if train else "t10k"
+        pixels = idx_file(root / "FashionMNIST" / "raw" / f"{name}-images-idx3-ubyte.gz")
+        labels = idx_file(root / "FashionMNIST" / "raw" / f"{name}-labels-idx1-ubyte.gz")
+        padded = torch.from_numpy(np.pad(pixels, ((0, 0), (2, 2), (2, 2))))[..., None]
+        return Data(padded, torch.from_numpy(labels).long(), (0.2190,), (0.3318,), True)
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    rows = train_test_split(np.arange(1797), test_size=0.25, stratify=digits.target, random_state=0)[0 if train else 1]
+    small = torch.tensor(digits.images[rows] * 15.9, dtype=torch.float32)[:, None]
+    pixels = F.interpolate(small, scale_factor=4, mode="bilinear").permute(0, 2, 3, 1)
+    return Data(pixels.to(torch.uint8), torch.tensor(digits.target[rows]), (0.3,), (0.36,), False)
+
+
+def load_cached(dataset: str, args: argparse.Namespace) -> tuple[Data, Data]:
+    """Both splits on the device; decoded once and kept beside the trained weights."""
+    path = args.work / f"{dataset}.pt"
+    if not path.exists():
+        splits = [load(dataset, args.data, train) for train in (True, False)]
+        write_whole(path, [tuple(split) for split in splits])
+    train, test = (Data(*split) for split in torch.load(path, weights_only=True))
+    if args.subset:
+        train = train._replace(pixels=train.pixels[: args.subset], labels=train.labels[: args.subset])
+    return train.to(args.device), test.to(args.device)
+
+
+def write_whole(path: Path, value: object) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    torch.save(value, partial)
+    os.replace(partial, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cuts. These run in other processes, on the CPU: each takes a job and the network's tensors, and returns the units to
+# keep (bool [units], all groups).
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One line of runs.jsonl; budget 1.0 and method "dense" is the trained network itself."""
+
+    dataset: str
+    model: str
+    width: float
+    budget: float
+    method: str
+    seed: int
+
+    @property
+    def weights(self) -> str:
+        return f"{self.dataset}-{self.model}-{self.width:g}-{self.seed}.pt"
+
+
+def image() -> Tensor:
+    return torch.zeros(1, 3, 32, 32)
+
+
+def network(job: Job, state: Weights | None = None) -> nn.Module:
+    torch.manual_seed(job.seed)
+    model = MODELS[job.model](10, job.width)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def gated(model: nn.Module, budget: float, **kwargs: Any) -> DNALPruner:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return DNALPruner(model, CONV, dummy_input=image(), budget=Budget(flops=budget), **kwargs)
+
+
+def best(pruner: DNALPruner, score: Tensor, floor: list[int] | None = None) -> Tensor:
+    """The units with the best scores (float [units]) that the budget allows."""
+    objective = pruner._objective
+    assert objective is not None
+    return exact_cut(objective, score, floor or [1] * len(objective.sizes))
+
+
+def cut_by_score(job: Job, score: Tensor, floor: list[int]) -> Tensor:
+    return best(gated(network(job), job.budget), score, floor)
+
+
+def start_scores(job: Job, state: Weights) -> Tensor:
+    model = network(job, state)
+    pruner = gated(copy.deepcopy(model), job.budget)
+    return importance(model, pruner._active)
+
+
+def cut_random(job: Job, state: Weights) -> Tensor:
+    """Random channels, over all groups."""
+    pruner = gated(network(job), job.budget)
+    return best(pruner, torch.rand(sum(pruner._cost.sizes), generator=torch.Generator().manual_seed(job.seed)))
+
+
+def uniform_ranks(order: Tensor, sizes: list[int]) -> Tensor:
+    """Scores that take the same share of every group, in the group's order of ``order`` (float [units])."""
+    parts = []
+    for part in order.split(sizes):
+        ranks = part.argsort(descending=True).argsort().double()
+        parts.append(1 - (ranks + 0.5) / len(part))
+    return torch.cat(parts)
+
+
+def cut_uniform_random(job: Job, state: Weights) -> Tensor:
+    """The same share of every group, random channels."""
+    pruner = gated(network(job), job.budget)
+    order = torch.rand(sum(pruner._cost.sizes), generator=torch.Generator().manual_seed(job.seed))
+    return best(pruner, uniform_ranks(order, pruner._cost.sizes))
+
+
+def cut_uniform_l2(job: Job, state: Weights) -> Tensor:
+    """The same share of every group, by the L2 norm of each channel over all layers of the group."""
+    model = network(job, state)
+    pruner = gated(copy.deepcopy(model), job.budget)
+    return best(pruner, uniform_ranks(importance(model, pruner._active), pruner._cost.sizes))
+
+
+def removal_order(pruner: tp.BasePruner, ours: DNALPruner, budget: float) -> Tensor:
+    """Float [units]: when torch-pruning's progressive pruning (its documented procedure) removes each of our units."""
+    objective = ours._objective
+    assert objective is not None
+    unit_of: dict[str, tuple[int, Tensor]] = {}
+    for offset, group in zip(np.cumsum([0, *objective.sizes]).tolist(), ours._active):
+        for member in group.members:
+            if member.side == "out" and member.dim is None:
+                unit_of[member.path] = (offset, member.units[member.channels.argsort()])
+    alive = {path: list(range(len(units))) for path, (_, units) in unit_of.items()}
+    when = torch.full((sum(objective.sizes),), math.inf, dtype=torch.float64)
+    seen = 0
+    while float(objective.relative((when == math.inf).double())[0]) > 0.95 * budget:
+        pruner.step()
+        history = pruner.pruning_history()
+        for number, (path, _, removed) in enumerate(history[seen:], start=seen):
+            offset, units = unit_of[path]
+            gone = [alive[path][i] for i in removed]
+            alive[path] = [channel for channel in alive[path] if channel not in set(gone)]
+            when[offset + units[gone]] = number
+        seen = len(history)
+        if pruner.current_step == pruner.iterative_steps:
+            break
+    return when
+
+
+def torch_pruner(
+    model: nn.Module, kind: type[tp.BasePruner], rank: tp.importance.Importance, **kwargs: Any
+) -> tp.BasePruner:
+    """As in torch-pruning's own CIFAR script: global, 400 small steps up to the wanted speed-up."""
+    return kind(
+        model,
+        image(),
+        importance=rank,
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=400,
+        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)],
+        # its defaults are shared between pruners and written to
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+        **kwargs,
+    )
+
+
+RANKS: dict[str, Callable[[], tp.importance.Importance]] = {
+    "tp_magnitude": lambda: tp.importance.MagnitudeImportance(p=2),
+    "tp_bn_scale": tp.importance.BNScaleImportance,
+    "tp_group_norm": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"),
+    "tp_taylor": tp.importance.TaylorImportance,
+}
+
+
+def cut_torch_pruning(job: Job, state: Weights, sample: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """torch-pruning's ranking; an importance that needs gradients takes those of the loss on ``sample``."""
+    model = network(job, state)
+    ours = gated(copy.deepcopy(model), job.budget)
+    pruner = torch_pruner(model, tp.pruner.MagnitudePruner, RANKS[job.method]())
+    if sample is not None:
+        model.eval()
+        for images, labels in zip(sample[0].split(128), sample[1].split(128)):
+            F.cross_entropy(model(images), labels).backward()
+    return best(ours, removal_order(pruner, ours, job.budget))
+
+
+def new_weights(job: Job, keep: Tensor) -> Weights:
+    """Newly initialised tensors in the full shape, the kept channels as a network of the small shape starts."""
+    model = network(dataclasses.replace(job, seed=job.seed + 1000))
+    pruner = gated(copy.deepcopy(model), job.budget)
+    init_weights(model)
+    for group, part in zip(pruner._active, keep.split(pruner._cost.sizes)):
+        for member in group.members:
+            module = model.get_submodule(member.path)
+            if member.side == "out" and isinstance(module, nn.Conv2d):
+                # the initialisation divides by the square root of the output channels
+                module.weight.data *= math.sqrt(len(member.units) / int(part[member.units].sum()))
+    return dict(model.state_dict())
+
+
+def physical(job: Job, state: Weights, keep: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    """The smaller network, checked against the gated one, and its size."""
+    pruner = gated(network(job, state), job.budget)
+    pruner.harden(dict(zip(pruner.gates, keep.split(pruner._cost.sizes))))
+    small = pruner.speedup()
+    size = measure(small, image())
+    widths = {name: m.out_channels for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    differs = pruner.report.relative_diff
+    return small, {"flops": size.flops, "params": size.params, "relative_diff": differs, "widths": widths}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods. Each is a generator that yields while the device works, and returns the units to keep and what happened
+# ("epochs" spent ahead of the cut, and whatever else is worth recording); it may train the weights in place.
+
+Outcome = tuple[Tensor, dict[str, Any]]
+
+
+class Run:
+    """What a method gets: the trained network's tensors on the device, the data, a pool for what is not for a GPU."""
+
+    def __init__(self, bench: Bench, job: Job) -> None:
+        self.bench, self.job, self.args, self.net = bench, job, bench.args, bench.nets[job.model]
+        self.train, self.test = bench.data[job.dataset]
+        self.per_epoch = len(self.train.labels) // self.args.batch_size
+        self.weights: Weights = {}
+
+    def load(self, state: Weights) -> None:
+        device = self.net.device
+        self.weights = {n: t.to(device, copy=True) for n, t in state.items()}
+        for name, tensor in self.weights.items():
+            if tensor.dim() == 4:
+                self.weights[name] = tensor.contiguous(memory_format=torch.channels_last)
+
+    def state(self) -> Weights:
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
+
+    def training(self, g: Tensor, lr: list[float], phase: int, **kwargs: Any) -> Training:
+        seed = self.job.seed * 10 + phase
+        return Training(self.net, self.weights, g, self.train, self.args.batch_size, seed, lr, **kwargs)
+
+    def elsewhere(self, function: Callable[..., Any], *args: Any) -> Generator[None, None, Any]:
+        return offload(self.bench.pool, function, self.job, *args)
+
+    def cosine(self, lr: float, epochs: int) -> list[float]:
+        """A learning rate per step: 5 % linear warm-up, then a half cosine down to 0."""
+        steps = epochs * self.per_epoch
+        warm_up = max(1, round(0.05 * steps))
+        rest = [0.5 * (1 + math.cos(math.pi * i / (steps - warm_up))) for i in range(steps - warm_up)]
+        return [lr * factor for factor in [(i + 1) / warm_up for i in range(warm_up)] + rest]
+
+    def ones(self) -> Tensor:
+        return torch.ones(self.net.units, device=self.net.device)
+
+
+Method = Callable[[Run], Generator[None, None, Outcome]]
+
+
+def one_shot(cut: Callable[[Job, Weights], Tensor]) -> Method:
+    def method(run: Run) -> Generator[None, None, Outcome]:
+        return (yield from run.elsewhere(cut, run.state())), {}
+
+    return method
+
+
+def taylor(run: Run) -> Generator[None, None, Outcome]:
+    """Gradients of the loss on 10 batches."""
+    parts = list(batches(run.net, run.train, 128, run.job.seed, 10))
+    sample = tuple(torch.cat(column).float().cpu() for column in zip(*parts))
+    return (yield from run.elsewhere(cut_torch_pruning, run.state(), (sample[0], sample[1].long()))), {}
+
+
+def sparse(regulariser: Callable[[Run], Callable[[Weights], None]]) -> Method:
+    """Sparse learning, then the cut. torch-pruning's script gives it as many epochs as the fine-tuning, lr 0.01 with
+    two steps of 0.1, and no weight decay."""
+
+    def method(run: Run) -> Generator[None, None, Outcome]:
+        epochs = run.args.epochs // 2
+        steps = epochs * run.per_epoch
+        lr = [0.01 if i < 0.6 * steps else 0.001 if i < 0.8 * steps else 0.0001 for i in range(steps)]
+        yield from run.training(run.ones(), lr, 1, weight_decay=0.0, regularise=regulariser(run)).steps()
+        accuracy = yield from run.net.accuracy(run.weights, run.ones(), run.test)
+        keep = yield from run.elsewhere(cut_torch_pruning, run.state())
+        return keep, {"epochs": epochs, "accuracy_search": accuracy}
+
+    return method
+
+
+def bn_scale(run: Run) -> Callable[[Weights], None]:
+    """BNScalePruner.regularize with its documented strength, 1e-5: L1 on the weight of every norm."""
+
+    def regularise(weights: Weights) -> None:
+        for name in run.net.norms:
+            weight = weights[f"{name}.weight"]
+            assert weight.grad is not None
+            weight.grad.add_(weight.sign(), alpha=1e-5)
+
+    return regularise
+
+
+def group_norm(run: Run) -> Callable[[Weights], None]:
+    """GroupNormPruner.regularize with its documented strength, 5e-4, in a form without host syncs.
+
+    Every weight of a group's channel is drawn to 0 by ``reg * 16 ** ((max - i) / (max - min))`` times itself, where i
+    is the root of the channel's importance.
+    """
+    model = network(run.job)
+    pruner = torch_pruner(model, tp.pruner.GroupNormPruner, RANKS["tp_group_norm"](), reg=5e-4)
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[list[tuple[str, int]]] = []
+    for group in pruner._groups:
+        members = []
+        for item in group:
+            layer, function = item.dep.target.module, item.dep.handler
+            if not hasattr(layer, "weight"):
+                continue
+            inputs = function in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+            channels = layer.weight.shape[1 if inputs else 0]
+            assert list(item.idxs) == list(item.root_idxs) == list(range(channels)), "channels in another order"
+            members.append((f"{names[layer]}.weight", int(inputs)))
+        groups.append(members)
+
+    def regularise(weights: Weights) -> None:
+        for members in groups:
+            squares = []
+            for name, dim in members:
+                weight = weights[name]
+                squares.append(weight.square().transpose(0, dim).reshape(weight.shape[dim], -1).sum(1))
+            importance = torch.stack(squares).mean(0)
+            root = (importance / importance.max()).sqrt()
+            gamma = 16 ** ((root.max() - root) / (root.max() - root.min()))
+            for name, dim in members:
+                weight = weights[name]
+                assert weight.grad is not None
+                shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+                weight.grad.add_(weight * gamma.view(shape), alpha=5e-4)
+
+    return regularise
+
+
+def dnal(run: Run) -> Generator[None, None, Outcome]:
+    """The default search; the weights learn in the same steps, at the learning rate of the fine-tuning."""
+    epochs = run.args.search_epochs
+    steps = epochs * run.per_epoch
+    start = yield from run.elsewhere(start_scores, run.state())
+    objective = copy.deepcopy(run.bench.objectives[run.job.model, run.job.budget])
+    scores = Scores(objective, start.to(run.net.device), steps)
+    s, delta = scores.gates(0)
+    g = torch.sigmoid(delta * s).float()
+
+    def architecture(g: Tensor, step: Tensor) -> None:
+        assert g.grad is not None
+        scores.update(g.grad, g)
+        s, delta = scores.gates(step.clamp(max=steps - 1))
+        g.copy_(torch.sigmoid(delta * s))
+
+    lr = run.cosine(run.args.lr, run.args.epochs)[:steps]
+    yield from run.training(g, lr, 1, architecture=architecture).steps()
+    accuracy = yield from run.net.accuracy(run.weights, g, run.test)
+    decided = float(((g < 0.05) | (g > 0.95)).float().mean())
+    keep = yield from run.elsewhere(cut_by_score, scores.value.cpu(), scores.floor)
+    return keep, {"epochs": epochs, "accuracy_search": accuracy, "decided": decided, "one_cycle": True}
+
+
+def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
+    """The paper's share of architecture epochs (10 of 80), frozen weights; cut to the budget by the order of s."""
+    epochs = max(1, round(run.args.epochs / 8))
+    steps = epochs * run.per_epoch
+    s = torch.zeros(run.net.units, dtype=torch.float64, device=run.net.device)
+    momentum = torch.zeros_like(s)
+    table = torch.tensor([delta_paper(t, steps) for t in range(steps)], dtype=torch.float64, device=run.net.device)
+    g = torch.full((run.net.units,), 0.5, device=run.net.device)
+
+    def architecture(g: Tensor, step: Tensor) -> None:
+        assert g.grad is not None
+        now, then = (table.index_select(0, at.clamp(max=steps - 1)) for at in (step - 1, step))
+        soft, sigma = g.double(), torch.sigmoid(s)
+        grad = g.grad.double() * now * soft * (1 - soft) + PAPER_LAMBDA * sigma * (1 - sigma)
+        momentum.mul_(PAPER_MOMENTUM).add_(grad)
+        s.sub_(momentum, alpha=PAPER_LR)
+        g.copy_(torch.sigmoid(then * s))
+
+    yield from run.training(g, [0.0] * steps, 1, architecture=architecture, frozen=True).steps()
+    accuracy = yield from run.net.accuracy(run.weights, g, run.test)
+    decided = float(((g < 0.05) | (g > 0.95)).float().mean())
+    keep = yield from run.elsewhere(cut_by_score, s.cpu(), [])
+    return keep, {"epochs": epochs, "accuracy_search": accuracy, "decided": decided}
+
+
+METHODS: dict[str, Method] = {
+    "tp_group_norm": sparse(group_norm),
+    "tp_bn_scale": sparse(bn_scale),
+    "tp_magnitude": one_shot(cut_torch_pruning),
+    "tp_taylor": taylor,
+    "dnal": dnal,
+    "dnal_paper": dnal_paper,
+    "random": one_shot(cut_random),
+    "uniform_random": one_shot(cut_uniform_random),
+    "uniform_l2": one_shot(cut_uniform_l2),
+    "uniform_scratch": one_shot(cut_uniform_random),  # new weights, and the epochs of the training too
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+SETTINGS = ("pretrain_epochs", "epochs", "search_epochs", "pretrain_lr", "lr", "batch_size", "subset", "precision")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+class Bench:
+    """What all runs share."""
+
+    def __init__(self, args: argparse.Namespace, pool: concurrent.futures.Executor) -> None:
+        self.args, self.pool = args, pool
+        self.data = {name: load_cached(name, args) for name in args.datasets}
+        self.nets: dict[str, Net] = {}
+        self.objectives = {}
+        for model in args.models:
+            job = Job("", model, args.width, 0.5, "", 0)
+            self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision)
+            for budget in args.budgets:
+                self.objectives[model, budget] = gated(network(job), budget)._objective
+
+    def pretrain(self, job: Job) -> Generator[None, None, dict[str, Any]]:
+        run, start = Run(self, job), time.perf_counter()
+        run.load(network(job).state_dict())
+        yield from run.training(run.ones(), run.cosine(self.args.pretrain_lr, self.args.pretrain_epochs), 0).steps()
+        accuracy = yield from run.net.accuracy(run.weights, run.ones(), run.test)
+        write_whole(self.args.work / job.weights, run.state())
+        size = measure(network(job), image())
+        found = {"accuracy": accuracy, "flops": size.flops, "params": size.params}
+        return {**found, "seconds": time.perf_counter() - start}
+
+    def compress(self, job: Job) -> Generator[None, None, dict[str, Any]]:
+        args, run, start = self.args, Run(self, job), time.perf_counter()
+        run.load(torch.load(args.work / job.weights, weights_only=True))
+        keep, found = yield from METHODS[job.method](run)
+        g = keep.to(run.net.device).float()
+        found["seconds_to_cut"] = time.perf_counter() - start
+        epochs, first = args.epochs - found.get("epochs", 0), found.get("epochs", 0)
+        if job.method == "uniform_scratch":
+            run.load((yield from run.elsewhere(new_weights, keep)))
+            epochs = args.pretrain_epochs + args.epochs
+            lr = run.cosine(args.pretrain_lr, epochs)
+        else:
+            found["accuracy_cut"] = yield from run.net.accuracy(run.weights, g, run.test)
+            run.net.recalibrate(
+                run.weights, g, batches(run.net, run.train, args.batch_size, job.seed, RECALIBRATION_BATCHES)
+            )
+            found["accuracy_recalibrated"] = yield from run.net.accuracy(run.weights, g, run.test)
+            cycle = args.epochs if found.pop("one_cycle", False) else epochs
+            lr = run.cosine(args.lr, cycle)[-epochs * run.per_epoch :]
+        yield from run.training(g, lr, 2, first_epoch=first).steps()
+        found["accuracy_gated"] = yield from run.net.accuracy(run.weights, g, run.test)
+        small, size = yield from run.elsewhere(physical, run.state(), keep)
+        accuracy = module_accuracy(small, run)
+        return {"accuracy": accuracy, **size, **found, "seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def module_accuracy(model: nn.Module, run: Run) -> float:
+    """Top-1 in per cent of an ordinary module."""
+    model = model.to(run.net.device, memory_format=torch.channels_last).eval()
+    right = 0
+    for pixels, labels in zip(run.test.pixels.split(2000), run.test.labels.split(2000)):
+        with torch.autocast(run.net.device, dtype=torch.bfloat16, enabled=run.args.precision == "bf16"):
+            right += (model(run.net.normalised(pixels, run.test)).argmax(1) == labels).sum()
+    return 100 * float(right) / len(run.test.labels)
+
+
+def key(line: dict[str, Any]) -> str:
+    names = [field.name for field in dataclasses.fields(Job)]
+    return json.dumps([*(line[name] for name in names), line["settings"]], sort_keys=True)
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    where = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
+    packages = ("torch", "torch-pruning", "fvcore", "nni")
+    asked = {"datasets": args.datasets, "models": args.models, "budgets": args.budgets, "methods": args.methods}
+    options = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in asked.items())
+    numbers = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings_of(args).items())
+    return {
+        "settings": settings_of(args),
+        "command": f"python benchmarks/peers.py run {options} {numbers}",
+        "commit": args.commit or commit.stdout.strip() or None,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
+        "lanes": args.lanes,
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(args: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    lines, extra = args.out / "runs.jsonl", provenance(args)
+    done = {key(line) for line in read_lines(lines)}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    dense = [Job(d, m, args.width, 1.0, "dense", s) for d in args.datasets for m in args.models for s in seeds]
+    jobs = [dataclasses.replace(j, budget=b, method=m) for m in args.methods for b in args.budgets for j in dense]
+    start = time.perf_counter()
+
+    def ended(job: Job, result: dict[str, Any]) -> None:
+        if "error" in result:
+            print(job, result["error"], result["trace"][-1500:], flush=True)
+            return
+        with lines.open("a") as file:
+            file.write(json.dumps({**dataclasses.asdict(job), **result, **extra}) + "\n")
+        what = f"{job.dataset} {job.model} {job.budget:g} seed {job.seed} {job.method}"
+        print(f"{time.perf_counter() - start:5.0f} s  {what}: {result['accuracy']:.2f} %", flush=True)
+
+    def wanted(job: Job) -> bool:
+        return key({**dataclasses.asdict(job), "settings": extra["settings"]}) not in done
+
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        bench = Bench(args, pool)
+        missing = [job for job in dense if wanted(job) or not (args.work / job.weights).exists()]
+        run_all(((job, bench.pretrain(job)) for job in missing), args.lanes, args.device, ended)
+        run_all(((job, bench.compress(job)) for job in jobs if wanted(job)), args.lanes, args.device, ended)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown, one table per data set, model and budget, best mean first."""
+    dense = {(x["dataset"], x["model"], x["width"]): [] for x in lines}
+    cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    sizes = {}
+    for x in lines:
+        net = (x["dataset"], x["model"], x["width"])
+        if x["method"] == "dense":
+            dense[net].append(x["accuracy"])
+            sizes[net] = x["flops"]
+        else:
+            cells[(*net, x["budget"])][x["method"]].append(x)
+    out = []
+    for (*net, budget), methods in sorted(cells.items(), key=str):
+        net_key = tuple(net)
+        out.append(f"\n### {net[0]}, {net[1]}{'' if net[2] == 1 else f' x {net[2]:g}'}, {100 * budget:g} % MACs\n")
+        some = next(iter(methods.values()))[0]
+        setting = some["settings"]
+        out.append(
+            f"Uncut: {spread(dense[net_key])} % after {setting['pretrain_epochs']} epochs; then {setting['epochs']} "
+            f"epochs in all. {some['device']}, {setting['precision']}.\n"
+        )
+        out.append("| method | accuracy % | seeds | right after the cut % | norms recalibrated % | MACs % | params k |")
+        out.append("|---|---|---|---|---|---|---|")
+        ranked = sorted(methods.items(), key=lambda item: -statistics.mean(x["accuracy"] for x in item[1]))
+        for name, runs in ranked:
+            columns = ("accuracy_cut", "accuracy_recalibrated")
+            cut = [spread([x[c] for x in runs]) if c in runs[0] else "" for c in columns]
+            share = statistics.mean(100 * x["flops"] / sizes[net_key] for x in runs)
+            params = statistics.mean(x["params"] / 1000 for x in runs)
+            accuracy = spread([x["accuracy"] for x in runs])
+            out.append(f"| {name} | {accuracy} | {len(runs)} | {cut[0]} | {cut[1]} | {share:.2f} | {params:.0f} |")
+    return "\n".join(out) + "\n"
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against MACs, one panel per data set and model."""
+    from matplotlib.figure import Figure
+
+    nets = sorted({(x["dataset"], x["model"], x["width"]) for x in lines})
+    figure = Figure(figsize=(6 * len(nets), 4.5), layout="constrained")
+    for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets):
+        here = [x for x in lines if (x["dataset"], x["model"], x["width"]) == net]
+        for method in [m for m in METHODS if any(x["method"] == m for x in here)]:
+            budgets = sorted({x["budget"] for x in here if x["method"] == method})
+            runs = [[x["accuracy"] for x in here if (x["method"], x["budget"]) == (method, b)] for b in budgets]
+            errors = [statistics.stdev(r) if len(r) > 1 else 0 for r in runs]
+            style: dict[str, Any] = {"linewidth": 2.5, "color": "black", "zorder": 3} if method == "dnal" else {}
+            share = [100 * b for b in budgets]
+            axes.errorbar(share, [statistics.mean(r) for r in runs], errors, marker="o", label=method, **style)
+        axes.set(title=f"{net[0]}, {net[1]}", xlabel="MACs, % of the uncut network", ylabel="test accuracy, %")
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def report(args: argparse.Namespace) -> None:
+    lines = [x for x in read_lines(args.out / "runs.jsonl") if x["method"] == "dense" or x["method"] in METHODS]
+    (args.out / "table.md").write_text(table(lines).lstrip("\n"))
+    plot(lines, args.out / "curves.png")
+    print(table(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="decoded data and trained weights (default: OUT/work)")
+    parser.add_argument("--datasets", nargs="+", default=["digits"], choices=("digits", "fashion_mnist", "cifar10"))
+    parser.add_argument("--models", nargs="+", default=["resnet20"], choices=sorted(MODELS))
+    parser.add_argument("--width", type=float, default=1.0, help="multiplies every channel count")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.35])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--pretrain-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10, help="after training: search and fine-tuning together")
+    parser.add_argument("--search-epochs", type=int, default=2, help="of them, for DNAL's search")
+    parser.add_argument("--pretrain-lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.05, help="after training; cosine to 0")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--subset", type=int, default=0, help="train on so many images only (0: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the forward passes")
+    parser.add_argument("--lanes", type=int, default=1, help="runs that share the device")
+    parser.add_argument("--workers", type=int, default=2, help="processes for what runs on the CPU")
+    parser.add_argument("--commit", help="to be recorded where there is no git")
+    args = parser.parse_args()
+    args.work = args.work or args.out / "work"
+    if args.command == "run":
+        run(args)
+    else:
+        report(args)
+
+
+if __name__ == "__main__":
+    main()
