@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .errors import DNALError
+
 _ORIGINAL = "_dnal_original_class"
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -15,9 +17,14 @@ def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) ->
         original: matched exactly, not its subclasses.
         replacement: a subclass of it at module level, without an ``__init__`` of its own, that computes the same from
             the same parameters, with every size read from tensors.
+
+    Raises:
+        DNALError: if the replacement is no subclass, or is defined inside a function.
     """
     if not issubclass(replacement, original):
-        raise TypeError(f"{replacement.__name__} must be a subclass of {original.__name__}")
+        raise DNALError(f"register_adapter: {replacement.__name__} must be a subclass of {original.__name__}")
+    if "<locals>" in replacement.__qualname__:
+        raise DNALError(f"register_adapter: define {replacement.__name__} at module level, or no cut model can be pickled")
     _REPLACEMENTS[original] = replacement
 
 
