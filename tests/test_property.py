@@ -278,6 +278,21 @@ REGRESSIONS = [
             op("functional", form="einsum"),
         )
     ),
+    Program((op("conv", width=6), op("concat"), op("concat"), op("slice", form="strided"))),
+    Program(
+        (op("conv", width=5), op("slice"), op("squeeze", at=3), op("conv", at=1, padding="reflect")), inputs=(4, 4)
+    ),
+    # parts that are fewer, or of other sizes, once channels are gone
+    Program((op("conv", width=5), op("split"))),
+    Program((op("conv"), op("split", parts=3))),
+    Program((op("conv"), op("split", parts=3), op("conv"))),
+    Program((op("conv"), op("shuffle", groups=4), op("act", at=1))),
+    # statistics of a single open channel, and what batch statistics make of their rounding
+    Program((op("conv", width=5), op("norm", kind="layer", affine=False), op("conv", norm="batch"))),
+    # a module called once more, on channels of another layer
+    Program(
+        (op("norm", kind="group_one", affine=False), op("transposed"), op("squeeze"), op("conv"), op("again", which=3))
+    ),
     # training moves what its weight is divided by
     Program((op("conv", kernel=1, weight="spectral_norm"),)),
     Program((op("conv", norm="batch", weight="spectral_norm"),), training=False),
