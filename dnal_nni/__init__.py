@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters import register_adapter as register_adapter
     from .budget import Budget as Budget
     from .checkpoint import load_compressed as load_compressed
     from .checkpoint import save_compressed as save_compressed
@@ -24,6 +25,7 @@ _HOME = {
     "DNALPruner": "pruner",
     "load_compressed": "checkpoint",
     "measure": "cost",
+    "register_adapter": "adapters",
     "save_compressed": "checkpoint",
 }
 __all__ = list(_HOME)

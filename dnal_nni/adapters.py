@@ -24,7 +24,9 @@ def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) ->
     if not issubclass(replacement, original):
         raise DNALError(f"register_adapter: {replacement.__name__} must be a subclass of {original.__name__}")
     if "<locals>" in replacement.__qualname__:
-        raise DNALError(f"register_adapter: define {replacement.__name__} at module level, or no cut model can be pickled")
+        raise DNALError(
+            f"register_adapter: define {replacement.__name__} at module level, or no cut model can be pickled"
+        )
     _REPLACEMENTS[original] = replacement
 
 

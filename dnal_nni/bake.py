@@ -50,14 +50,14 @@ def bake(module: nn.Module) -> bool:
         name = getattr(hook, "name", None)
         if hasattr(hook, "compute_weight") and isinstance(name, str):  # torch.nn.utils.weight_norm, spectral_norm
             baked = True
-            hook.remove(module)
+            hook.remove(module)  # type: ignore[attr-defined]
             del module._forward_pre_hooks[key]
     return _make_plain(module) or baked
 
 
 def _make_plain(module: nn.Module) -> bool:
     """Turn a convolution whose forward computes its weight (weight standardisation) into an ordinary one."""
-    ordinary = next((c for c in type(module).__mro__ if c.__module__ == "torch.nn.modules.conv"), None)
+    ordinary: Any = next((c for c in type(module).__mro__ if c.__module__ == "torch.nn.modules.conv"), None)
     if not isinstance(module, Conv) or ordinary is None or type(module).forward is ordinary.forward:
         return False
     x = torch.randn(2, module.in_channels, *[32] * len(module.kernel_size)).to(module.weight)
@@ -65,7 +65,7 @@ def _make_plain(module: nn.Module) -> bool:
         expected = module(x)
     if capture.weight is None or capture.weight is module.weight:
         return False
-    candidates: list[type[nn.Module]] = [ordinary]
+    candidates: list[Any] = [ordinary]
     if "timm" in sys.modules and ordinary is nn.Conv2d:
         candidates.append(sys.modules["timm"].layers.Conv2dSame)
     original, state, parameters = type(module), dict(module.__dict__), dict(module._parameters)

@@ -201,5 +201,5 @@ def _leading(module: nn.Module, values: dict[str, int]) -> list[int] | None:
         return [values[first], values[second] // values["groups"]]
     if isinstance(module, nn.Linear):
         return [values["out_features"], values["in_features"]]
-    name = next((n for n in ("num_features", "num_channels", "num_parameters", "normalized_shape") if n in values), None)
-    return [values[name]] if name else None
+    widths = ("num_features", "num_channels", "num_parameters", "normalized_shape")
+    return next(([values[name]] for name in widths if name in values), None)

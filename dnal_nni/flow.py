@@ -181,8 +181,9 @@ class Flow:
                     if j > i:
                         for partner in partners:
                             self.graph.couple(array, partner, self.why(what))
-                if alive and not any(set(axes_of(kept)) <= set(axes) for kept in result):
-                    result = [kept for kept in result if not set(axes) <= set(axes_of(kept))] + [array]
+                # of coupled arrays the one with most axes stays: it still names every channel
+                if alive and not any(set(axes) <= set(axes_of(kept)) for kept in result):
+                    result = [kept for kept in result if not set(axes_of(kept)) <= set(axes)] + [array]
         return result
 
     def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
@@ -373,6 +374,8 @@ def reshape(flow: Flow, op: Operation) -> None:
         if len(axes_of(new)) > 1:
             flow.graph.require_rectangle(new)
         flow.note_sizes(op.numbers, new, op.out.shape)
+        for axis in axes_of(new):
+            flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(op.args[1]), axis, new, axis))
         flow.note_sizes(labels.shape, array, labels.shape)  # a forward often keeps the size of the axis that it splits
     flow.put(op.out, arrays, labels.site)
 
@@ -588,22 +591,21 @@ def matmul(flow: Flow, op: Operation) -> None:
 def attention(flow: Flow, op: Operation) -> None:
     """Fused attention: query and key are summed over their last axis, heads meet heads."""
     q, k, v = (flow.of(t) for t in op.args[:3])
+    mask = op.argument("attn_mask")
     what = "attention over channels that are fixed elsewhere"
-    shape = op.args[0].shape
-    operands: list[tuple[Sequence[int], Arrays]] = []
-    for labels in (q, k):
-        operands.append(((*shape[:-1], 1), flow.mix(labels, [-1], what)))
     for labels in (q, k, v):
-        for array in labels.arrays if labels else ():
-            if len(shape) - 2 in axes_of(array):
-                flow.graph.freeze(array, flow.why(what))
-                return
+        if labels is not None and any(len(labels.shape) - 2 in axes_of(array) for array in labels.arrays):
+            for other in op.labels:
+                flow.freeze(other, "attention over tokens that are channels")
+            return
+    operands: list[tuple[Sequence[int], Arrays]] = []
+    for tensor, labels in ((op.args[0], q), (op.args[1], k), (mask, flow.of(mask))):
+        if tensor is not None:
+            summed = [-1] if tensor is not mask else [-1, -2]
+            operands.append(((*tensor.shape[:-2], 1, 1), flow.mix(labels, summed, what)))
     value = op.args[2]
     operands.append(((*value.shape[:-2], 1, value.shape[-1]), v.arrays if v else ()))
-    for labels in op.labels[3:]:
-        flow.freeze(labels, "attention with a learned mask")
-    out = next(flatten_tensors(op.out))
-    flow.put(out, flow.meet(operands, what), None)
+    flow.put(next(flatten_tensors(op.out)), flow.meet(operands, what), None)
 
 
 def convolution(flow: Flow, op: Operation) -> None:
@@ -733,8 +735,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             *("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice", "flip", "roll", "rot90"),
-            *("repeat", "tile", "index_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave"),
-            *("native_channel_shuffle", "diagonal", "unfold", "movedim", "narrow"),
+            *("repeat", "index_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave"),
+            *("native_channel_shuffle", "diagonal", "unfold"),
         ),
         move,
     ),
@@ -764,16 +766,9 @@ RULES: dict[str, Rule] = {
     "grid_sampler_2d": windowed(2),
     "glu": glu,
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "matmul"), matmul),
-    **dict.fromkeys(
-        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "scaled_dot_product_attention"),
-        attention,
-    ),
+    "_scaled_dot_product_flash_attention_for_cpu": attention,
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), convolution),
-    **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update",
-         "_batch_norm_no_update", "cudnn_batch_norm"),
-        batch_norm,
-    ),
+    **dict.fromkeys(("native_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update"), batch_norm),
     **dict.fromkeys(("roi_align", "roi_pool", "ps_roi_align"), roi),
     "index": index,
     "index_put": index_put,

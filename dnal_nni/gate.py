@@ -146,14 +146,16 @@ class StatisticsGate(ChannelFactor):
         factor = self.factor()
         if factor is None:
             return out
-        grouped = isinstance(norm, nn.GroupNorm)
+        over: tuple[int, ...]
         y = (x if x.dtype == torch.float64 else x.float()).movedim(self.axis, -1)  # [..., C]
         g = factor.to(y.dtype)
-        if grouped:  # [B, spatial, groups, C / groups]: statistics run over space too
+        if isinstance(norm, nn.GroupNorm):  # [B, spatial, groups, C / groups]: statistics run over space too
             y = y.reshape(x.shape[0], -1, norm.num_groups, x.shape[self.axis] // norm.num_groups)
             g = g.view(norm.num_groups, -1)
-        over = (1, 3) if grouped else (-1,)
-        n = g.sum(-1, keepdim=True) * (y.shape[1] if grouped else 1)
+            over, positions = (1, 3), y.shape[1]
+        else:
+            over, positions = (-1,), 1
+        n = g.sum(-1, keepdim=True) * positions
         centred = y if not hasattr(norm, "bias") else y - (g * y).sum(over, keepdim=True) / n  # RMSNorm has no mean
         eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
         y = centred * ((g * centred.square()).sum(over, keepdim=True) / n + eps).rsqrt()

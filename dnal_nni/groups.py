@@ -179,7 +179,7 @@ def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dic
         axis = traced.channel_dims.get(path) if side == "both" and dim is None else None
         members.append(Member(path, side, torch.from_numpy(channels), local, len(slot.units), dim, axis))
     sites = [traced.graph.sites[slot.key] for slot in slots if slot.key in traced.graph.sites]
-    unnormed = [s.key[0] for s in slots if s.key[1] == "both" and traced.graph.sites.get(s.key, "") is None]
+    bare_readers = [slot.key[0] for slot in slots if slot.key[1] == "both" and slot.key in traced.graph.sites]
     norms: tuple[str, ...] = ()
     if sites and all(site is not None for site in sites):
         union = frozenset().union(*(site for site in sites if site is not None))
@@ -189,8 +189,8 @@ def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dic
         reason = "no layer reads its output"
     if reason is None and len(units) < 2:
         reason = "its channels can only be removed all at once"
-    if reason is None and unnormed:
-        reason = f"the forward reads {unnormed[0]} itself: there is no layer that a gate could sit on"
+    if reason is None and bare_readers and not norms:
+        reason = f"a function reads these channels with {bare_readers[0]}: there is no layer that a gate could sit on"
     return ChannelGroup(
         name=root.key[0],
         channels=len(units),

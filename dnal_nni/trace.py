@@ -203,6 +203,10 @@ class Trace(TorchDispatchMode):
             others = [0]
         self.channel_dims[path] = axis - x.dim()
         vertex = self.graph.vertex(path, "both", width)
+        if x.shape[axis] != width:  # an instance norm without affine takes any
+            self.flow.freeze(labels, f"{path} gets other channels than it was made for")
+            self.graph.freeze(vertex.ids, f"{path} gets other channels than it was made for")
+            return
         passed = self._read(vertex, x, labels, axis, batch=others)
         if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
             fan = width // module.num_groups
