@@ -245,14 +245,15 @@ class _Verification:
         plans = [(random_keep(subset, None, self.trials), list(inputs))]
         plans += [(random_keep(subset, share, self.trials), [self.quick]) for share in (1.0, 0.0)]
         for keep, examples in plans:
-            slim = slim_copy(self.model, subset, keep)
-            try:
-                for x in examples:
-                    _, gap = difference(hard_gated_copy(self.model, subset, keep), clone(slim), x, watch)
-                    if not gap <= self.tolerance:
-                        return _Failure(f"removing channels would change the output by {gap:.1e} of its size", None)
-            except FORWARD_ERRORS as error:
-                return _failure(error, slim)
+            for x in examples:
+                gated = cut = self.model
+                try:
+                    gated, cut = hard_gated_copy(self.model, subset, keep), slim_copy(self.model, subset, keep)
+                    _, gap = difference(gated, cut, x, watch)
+                except FORWARD_ERRORS as error:
+                    return _failure(error, (gated, cut))
+                if not gap <= self.tolerance:
+                    return _Failure(f"removing channels would change the output by {gap:.1e} of its size", None)
         return None
 
 
@@ -265,12 +266,13 @@ class _Failure:
         return bool(self.path) and any(f"{m.path}.".startswith(f"{self.path}.") for m in group.members)
 
 
-def _failure(error: BaseException, slim: nn.Module) -> _Failure:
+def _failure(error: BaseException, models: Sequence[nn.Module]) -> _Failure:
     where = _where(error)
     what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
     place = f" in {type(where).__name__}.forward" if where is not None else ""
-    path = next((path for path, module in slim.named_modules() if module is where), None)
-    return _Failure(f"the model does not run without some of its channels ({what}{place})", path)
+    paths = [path for model in models for path, module in model.named_modules() if module is where]
+    reason = f"the model does not run without some of its channels ({what}{place})"
+    return _Failure(reason, paths[0] if paths else None)
 
 
 def _where(error: BaseException) -> nn.Module | None:
@@ -296,10 +298,10 @@ def _runs(model: nn.Module, inputs: Any) -> bool:
 
 
 def _other_size(inputs: Any) -> Any:
-    """The same input half as large in space (half as large again where that is small); None if it is no image."""
+    """The same input half as large in space, from 128 pixels on, or half as large again; None if it is no image."""
     if not isinstance(inputs, Tensor) or inputs.dim() < 3 or not inputs.is_floating_point():
         return None
-    sizes = [n // 64 * 32 if n >= 128 else n // 2 if n >= 64 else n + n // 2 for n in inputs.shape[2:]]
+    sizes = [n // 64 * 32 if n >= 128 else n + n // 2 for n in inputs.shape[2:]]
     generator = torch.Generator().manual_seed(1)
     return torch.randn((*inputs.shape[:2], *sizes), generator=generator, dtype=inputs.dtype).to(inputs.device)
 
