@@ -146,6 +146,7 @@ class Training:
         architecture: called after each step with ``g`` (its gradient in ``g.grad``) and the number of the next step
             (int64 [1]); moves ``g``.
         frozen: whether the weights stand still.
+        between: called once, ahead of the step with this number.
     """
 
     def __init__(
@@ -163,10 +164,11 @@ class Training:
         regularise: Callable[[Weights], None] | None = None,
         architecture: Callable[[Tensor, Tensor], None] | None = None,
         frozen: bool = False,
+        between: tuple[int, Callable[[], None]] | None = None,
     ) -> None:
         self.net, self.weights, self.g, self.data, self.size, self.seed = net, weights, g, data, batch_size, seed
         self.first_epoch, self.regularise, self.architecture = first_epoch, regularise, architecture
-        self.frozen = frozen
+        self.frozen, self.between = frozen, between
         self.count = len(lr)
         self.lr = torch.tensor(lr, dtype=torch.float32, device=net.device)
         self.time = torch.zeros(1, dtype=torch.int64, device=net.device)
@@ -231,6 +233,8 @@ class Training:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     self._step()
+            if self.between is not None and step == self.between[0]:
+                self.between[1]()
             if graph is not None:
                 graph.replay()
             else:

@@ -50,13 +50,14 @@ from cifar_models import MODELS, init_weights  # noqa: E402
 from engine import Data, Net, Training, Weights, batches, offload, run_all  # noqa: E402
 
 from dnal_nni import Budget, DNALPruner, measure  # noqa: E402
-from dnal_nni.budget import exact_cut  # noqa: E402
+from dnal_nni.budget import Objective, exact_cut  # noqa: E402
 from dnal_nni.schedule import delta_paper  # noqa: E402
 from dnal_nni.search import PAPER_LR, PAPER_MOMENTUM, Scores, importance  # noqa: E402
 
 CONV = [{"op_types": ["Conv2d"]}]
 RECALIBRATION_BATCHES = 50
 PAPER_LAMBDA = 1e-4
+LINES = "runs.jsonl"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,28 +415,41 @@ def group_norm(run: Run) -> Callable[[Weights], None]:
     return regularise
 
 
-def dnal(run: Run) -> Generator[None, None, Outcome]:
-    """The default search; the weights learn in the same steps, at the learning rate of the fine-tuning."""
-    epochs = run.args.search_epochs
+def searched(
+    run: Run, epochs: int, make: Callable[[Objective, Tensor, int], Scores] = Scores, frozen: bool = False
+) -> Generator[None, None, Outcome]:
+    """A search of some epochs; the weights learn in the same steps, in the learning-rate cycle of the fine-tuning."""
     steps = epochs * run.per_epoch
     start = yield from run.elsewhere(start_scores, run.state())
     objective = copy.deepcopy(run.bench.objectives[run.job.model, run.job.budget])
-    scores = Scores(objective, start.to(run.net.device), steps)
+    scores = make(objective, start.to(run.net.device), steps)
     s, delta = scores.gates(0)
     g = torch.sigmoid(delta * s).float()
 
     def architecture(g: Tensor, step: Tensor) -> None:
         assert g.grad is not None
-        scores.update(g.grad, g)
+        scores.update(g.grad, g, step - 1)
         s, delta = scores.gates(step.clamp(max=steps - 1))
         g.copy_(torch.sigmoid(delta * s))
 
+    @torch.no_grad()
+    def settle() -> None:
+        scores.settle()
+        s, delta = scores.gates(scores.moving)
+        g.copy_(torch.sigmoid(delta * s))
+
     lr = run.cosine(run.args.lr, run.args.epochs)[:steps]
-    yield from run.training(g, lr, 1, architecture=architecture).steps()
+    between = (scores.moving, settle)
+    yield from run.training(g, lr, 1, architecture=architecture, frozen=frozen, between=between).steps()
     accuracy = yield from run.net.accuracy(run.weights, g, run.test)
     decided = float(((g < 0.05) | (g > 0.95)).float().mean())
     keep = yield from run.elsewhere(cut_by_score, scores.value.cpu(), scores.floor)
     return keep, {"epochs": epochs, "accuracy_search": accuracy, "decided": decided, "one_cycle": True}
+
+
+def dnal(run: Run) -> Generator[None, None, Outcome]:
+    """The default search."""
+    return (yield from searched(run, run.args.search_epochs))
 
 
 def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
@@ -562,7 +576,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     numbers = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings_of(args).items())
     return {
         "settings": settings_of(args),
-        "command": f"python benchmarks/peers.py run {options} {numbers}",
+        "command": f"python {Path(sys.argv[0]).name} run {options} {numbers}",
         "commit": args.commit or commit.stdout.strip() or None,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
@@ -578,7 +592,7 @@ def run(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    lines, extra = args.out / "runs.jsonl", provenance(args)
+    lines, extra = args.out / LINES, provenance(args)
     done = {key(line) for line in read_lines(lines)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     dense = [Job(d, m, args.width, 1.0, "dense", s) for d in args.datasets for m in args.models for s in seeds]
@@ -671,9 +685,16 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
 
 def report(args: argparse.Namespace) -> None:
     lines = [x for x in read_lines(args.out / "runs.jsonl") if x["method"] == "dense" or x["method"] in METHODS]
-    (args.out / "table.md").write_text(table(lines).lstrip("\n"))
+    text = table(lines).lstrip("\n")
+    changed = read_lines(args.out / "ablations.jsonl")
+    if changed:
+        # settings are compared on the seeds that all of them have
+        seeds = [{x["seed"] for x in changed if x["method"] == name} for name in {x["method"] for x in changed}]
+        shared = set.intersection(*seeds)
+        text += "\n## Settings of the search\n" + table([x for x in changed if x["seed"] in shared])
+    (args.out / "table.md").write_text(text)
     plot(lines, args.out / "curves.png")
-    print(table(lines))
+    print(text)
 
 
 def main() -> None:

@@ -121,7 +121,8 @@ def main() -> None:
         "saved_activation_ratio": {name: memory[name] / memory["plain"] for name in ("frozen", "learning")},
         "peak_bytes": peaks if args.device == "cuda" else None,
         "rounds": args.rounds,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/search_step.py --model {args.model} --batch-size {args.batch_size} "
+        f"--rounds {args.rounds} --device {args.device}",
         "commit": commit or None,
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, floor_ranks, held_open, price
+from .budget import Objective, exact_cut, floor_ranks, held_open, price
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv
@@ -19,6 +20,9 @@ from .schedule import delta_paper, delta_per_step, ramp
 PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
 MOMENTUM = 0.9
 REACH = 1.0  # how far a steady task gradient of average size moves a score over a whole search
+# From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
+# open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
+SETTLED = 0.75
 
 
 def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
@@ -53,7 +57,8 @@ class Scores:
     A gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's weights and collects
     ``-dL/dg`` per unit of cost; the price is set at every step so that the expected cost follows a descent to the
     target. A gate thus closes when it is worth less, per cost, than what the budget can afford, and reopens when it is
-    worth more. Everything stays on the device of the scores, without a host sync: a step can be put into a CUDA graph.
+    worth more, until the last quarter of the search: there the structure stands, while weights and norm statistics
+    settle. Everything stays on the device of the scores; a step has no host sync and can be put into a CUDA graph.
 
     Args:
         objective: what the search is held to.
@@ -63,10 +68,11 @@ class Scores:
     Attributes:
         value: the scores, float64 ``[units]``.
         floor: units that stay open in each group.
+        moving: the number of steps after which :meth:`settle` is due.
     """
 
     def __init__(self, objective: Objective, start: Tensor, steps: int) -> None:
-        self.objective, self.steps = objective, steps
+        self.objective = objective
         self.floor = objective.to("cpu").floor()
         objective.to(start.device)
         self.within_floor = floor_ranks(objective.sizes, self.floor).to(start.device)
@@ -74,12 +80,16 @@ class Scores:
         self.momentum = torch.zeros_like(start)
         self.scale = start.new_zeros(())
         self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
+        self.moving = max(1, round(SETTLED * steps))
+        self.pace = torch.tensor([REACH / self.moving if t < self.moving else 0.0 for t in range(steps)]).to(start)
+        self.settled = torch.arange(steps, device=start.device) >= self.moving
+        self.structure = torch.ones_like(start)  # 1 open, -1 closed; set by settle
         descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
         self.aims = objective.targets + (0.98 - objective.targets) * descent
 
     @torch.no_grad()
-    def update(self, grad: Tensor, g: Tensor) -> None:
-        """One architecture step from dL/dg at the gates ``g``, both ``[units]``."""
+    def update(self, grad: Tensor, g: Tensor, step: int | Tensor) -> None:
+        """One architecture step from dL/dg at the gates ``g``, both ``[units]``; ``step`` as in :meth:`gates`."""
         g = g.to(self.value.dtype).requires_grad_()
         with torch.enable_grad():
             (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
@@ -88,16 +98,22 @@ class Scores:
         self.scale.copy_(torch.where(self.scale == 0, mean_square, 0.9 * self.scale + 0.1 * mean_square))
         worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
         self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
-        self.value.add_(self.momentum, alpha=REACH / self.steps)
+        self.value.add_(self.momentum * _entry(self.pace, step))
 
     @torch.no_grad()
     def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
-        delta, aims = _entry(self.delta, step), _entry(self.aims, step)
+        delta, settled, aims = (_entry(table, step) for table in (self.delta, self.settled, self.aims))
         held = held_open(self.value, self.objective.group_of, self.within_floor)
         s = self.value - price(self.objective, self.value, delta, held, aims)[self.objective.owner]
-        # held open: far enough on the open side
-        return torch.where(held, torch.maximum(s, 6.0 / delta), s), delta
+        s = torch.where(held, torch.maximum(s, 6.0 / delta), s)  # held open: far enough on the open side
+        return torch.where(settled, self.structure, s), delta
+
+    def settle(self) -> None:
+        """Fix the structure: what would be cut now, to the channel. Waits for the device, once in a search."""
+        objective = copy.deepcopy(self.objective)  # a CUDA graph holds the tables of this one
+        keep = exact_cut(objective, self.value, self.floor)
+        self.structure.copy_(keep.double() * 2 - 1)
 
 
 def _entry(table: Tensor, step: int | Tensor) -> Tensor:
@@ -257,6 +273,8 @@ class Search:
     def advance(self) -> None:
         """Count a step, and prepare the gates of the next one."""
         self.done += 1
+        if self.scores is not None and self.done == self.scores.moving:
+            self.scores.settle()
         if self.done < self.steps:
             self._set_gates()
         else:
@@ -288,7 +306,7 @@ class Search:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=PAPER_LR)
         else:
-            self.scores.update(grad, torch.cat(leaves))
+            self.scores.update(grad, torch.cat(leaves), self.done)
 
     @torch.no_grad()
     def _set_gates(self) -> None:
@@ -325,4 +343,6 @@ class Search:
         for name in ("score", "momentum", "scale"):
             getattr(self, name).copy_(state[name])
         self.done, self.history = int(state["done"]), list(state["history"])  # type: ignore[call-overload]
+        if self.scores is not None and self.done >= self.scores.moving:
+            self.scores.settle()
         self.saved = dict(state["saved"])  # type: ignore[call-overload]

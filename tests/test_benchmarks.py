@@ -1,0 +1,78 @@
+"""The benchmark trains in another form than a user does: that it is the same search, and the same network."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+peers = pytest.importorskip("peers")
+
+STEPS, BATCH, LR = 30, 16, 0.05
+
+
+def random_data() -> "peers.Data":
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (10 * BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return peers.Data(pixels, torch.randint(0, 10, (10 * BATCH,), generator=generator), (0.5,) * 3, (0.25,) * 3, True)
+
+
+def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> None:
+    job = peers.Job("", "resnet20", 0.25, 0.5, "dnal", 0)
+    data = random_data()
+    net = peers.Net(peers.gated(peers.network(job), job.budget), "cpu", "fp32")
+    state = peers.network(job).state_dict()
+
+    # the benchmark's form
+    weights = dict(peers.network(job).to(memory_format=torch.channels_last).state_dict())
+    objective = peers.gated(peers.network(job), job.budget)._objective
+    scores = peers.Scores(objective, peers.start_scores(job, state), STEPS)
+    s, delta = scores.gates(0)
+    g = torch.sigmoid(delta * s).float()
+
+    def architecture(g: Tensor, step: Tensor) -> None:
+        assert g.grad is not None
+        scores.update(g.grad, g, step - 1)
+        s, delta = scores.gates(step.clamp(max=STEPS - 1))
+        g.copy_(torch.sigmoid(delta * s))
+
+    @torch.no_grad()
+    def settle() -> None:
+        scores.settle()
+        s, delta = scores.gates(scores.moving)
+        g.copy_(torch.sigmoid(delta * s))
+
+    training = peers.Training(
+        net, weights, g, data, BATCH, 7, [LR] * STEPS, architecture=architecture, between=(scores.moving, settle)
+    )
+    batches = []
+    for number, _ in enumerate(training.steps()):
+        rows = slice(number % 10 * BATCH, (number % 10 + 1) * BATCH)
+        batches.append((net.normalised(training.pixels[rows], data), training.labels[rows].clone()))
+    keep = peers.cut_by_score(job, scores.value, scores.floor)
+
+    # the user's form
+    model = peers.network(job).to(memory_format=torch.channels_last).train()
+    pruner = peers.gated(model, job.budget)
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    with pruner.search(STEPS, optimizer=optimizer, progress=False) as search:
+        for images, labels in batches:
+            search.step(F.cross_entropy(model(images), labels))
+    assert torch.allclose(search.score, scores.value, atol=1e-6)
+    assert torch.allclose(model.conv1.weight, weights["conv1.weight"], atol=1e-4)
+
+    # fine-tuning in the full shape with hard gates, and the cut network's
+    small = peers.physical(job, weights, keep)[0].to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(small.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    training = peers.Training(net, weights, keep.float(), data, BATCH, 8, [LR] * 5)
+    for number, _ in enumerate(training.steps()):
+        rows = slice(number * BATCH, (number + 1) * BATCH)
+        optimizer.zero_grad()
+        F.cross_entropy(small(net.normalised(training.pixels[rows], data)), training.labels[rows]).backward()
+        optimizer.step()
+    trained = peers.physical(job, weights, keep)[0]
+    for (name, a), b in zip(small.named_parameters(), trained.parameters()):
+        assert torch.allclose(a, b, atol=1e-4), name

@@ -1,0 +1,99 @@
+"""Scores, price and structure of a search under a budget."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONV
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dnal_nni import Budget, DNALPruner
+from dnal_nni.budget import Objective, exact_cut, gates, held_open, price
+from dnal_nni.search import SETTLED, Scores
+
+
+def objective_of(model: nn.Module, x: Tensor, fraction: float = 0.5) -> Objective:
+    objective = DNALPruner(model, CONV, dummy_input=x, budget=Budget(flops=fraction))._objective
+    assert objective is not None
+    return objective
+
+
+def test_the_price_meets_the_aim(small: nn.Module, x: Tensor) -> None:
+    objective = objective_of(small, x)
+
+    @settings(max_examples=30, deadline=None)
+    @given(seed=st.integers(0, 10_000), delta=st.floats(1, 1e4), aim=st.floats(0.4, 0.95))
+    def meets(seed: int, delta: float, aim: float) -> None:
+        score = torch.randn(sum(objective.sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        held = torch.zeros_like(score, dtype=torch.bool)
+        at = torch.tensor(delta, dtype=torch.float64)
+        found = price(objective, score, at, held, torch.tensor([aim], dtype=torch.float64))
+        assert float(objective.relative(gates(score - found, at, held))[0]) == pytest.approx(aim, abs=2e-3)
+
+    meets()
+
+
+def test_the_best_of_every_group_are_held_open(small: nn.Module, x: Tensor) -> None:
+    objective = objective_of(small, x)
+    scores = Scores(objective, torch.randn(sum(objective.sizes), dtype=torch.float64), 10)
+    held = held_open(scores.value, objective.group_of, scores.within_floor)
+    for score, mask, floor in zip(scores.value.split(objective.sizes), held.split(objective.sizes), scores.floor):
+        assert set(mask.nonzero().flatten().tolist()) == set(score.topk(floor).indices.tolist())
+
+
+def test_no_group_closes_past_its_floor_whatever_the_gradient_says(small: nn.Module, x: Tensor) -> None:
+    objective = objective_of(small, x, 0.35)
+    steps = 200
+    scores = Scores(objective, torch.ones(sum(objective.sizes), dtype=torch.float64), steps)
+    against = (objective.group_of == 1).double()  # the task wants this group gone, and all others kept
+    for step in range(steps):
+        if step == scores.moving:
+            scores.settle()
+        s, delta = scores.gates(step)
+        g = torch.sigmoid(delta * s)
+        for part, floor in zip(g.split(objective.sizes), scores.floor):
+            assert int((part > 0.5).sum()) >= floor
+        scores.update(2 * against - 1, g, step)
+    kept = [int(part.sum()) for part in exact_cut(objective, scores.value, scores.floor).split(objective.sizes)]
+    assert kept[1] == scores.floor[1] and all(number >= floor for number, floor in zip(kept, scores.floor))
+
+
+def test_a_closed_channel_comes_back_while_the_structure_may_change(small: nn.Module, x: Tensor) -> None:
+    objective = objective_of(small, x)
+    start = torch.ones(sum(objective.sizes), dtype=torch.float64)
+    start[0] = 0.5  # the worst unit: closed first
+    steps = 200
+    scores = Scores(objective, start, steps)
+    history = []
+    for step in range(steps):
+        if step == scores.moving:
+            scores.settle()
+        s, delta = scores.gates(step)
+        g = torch.sigmoid(delta * s)
+        history.append(float(g[0]))
+        grad = torch.zeros_like(start)
+        grad[0] = -1.0  # it would help if it were open
+        scores.update(grad, g, step)
+    assert min(history[:100]) < 0.05 and history[-1] > 0.95
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_structure_stands_in_the_last_quarter_and_is_what_is_cut(
+    small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]], learning: bool
+) -> None:
+    steps = 120
+    pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
+    optimizer = torch.optim.SGD(small.parameters(), 0.05, momentum=0.9) if learning else None
+    structures = []
+    with pruner.search(steps, optimizer=optimizer, progress=False) as search:
+        for step in range(steps):
+            structures.append(torch.cat([gate().detach() > 0.5 for gate in pruner.gates.values()]))
+            images, labels = batches[step % len(batches)]
+            search.step(F.cross_entropy(small(images), labels))
+    settled = structures[int(SETTLED * steps) :]
+    assert all(torch.equal(settled[0], other) for other in settled)
+    assert search.decided() == 1
+    objective = pruner._objective
+    assert objective is not None
+    assert torch.equal(exact_cut(objective, search.score, search.floor), settled[-1])
