@@ -351,8 +351,9 @@ def move(flow: Flow, op: Operation) -> None:
         return
     outs = op.out if isinstance(op.out, (list, tuple)) else [op.out]
     kept: list[list[Tensor]] = [[] for _ in outs]
+    further = [a.cpu() if isinstance(a, Tensor) else a for a in op.args[1:]]  # labels stay on the CPU
     for array in labels.arrays:
-        moved = op.func(array.expand(labels.shape), *op.args[1:], **op.kwargs)
+        moved = op.func(array.expand(labels.shape), *further, **op.kwargs)
         for i, piece in enumerate(moved if isinstance(moved, (list, tuple)) else [moved]):
             kept[i].append(_compress(piece))
         flow.note_sizes(op.numbers, array, labels.shape)
@@ -692,7 +693,8 @@ def index(flow: Flow, op: Operation) -> None:
             axes += list(range(axis, axis + width))
         axis += width
     arrays = flow.mix(labels, axes, "indexing picks channels")
-    moved = [_compress(torch.ops.aten.index(array.expand(labels.shape), indices)) for array in arrays]
+    on_cpu = [entry.cpu() if entry is not None else None for entry in indices]
+    moved = [_compress(torch.ops.aten.index(array.expand(labels.shape), on_cpu)) for array in arrays]
     flow.put(op.out, moved, labels.site)
 
 
