@@ -28,6 +28,7 @@ from .graph import (
     masked_statistics,
     whole_groups,
 )
+from .rules import run
 
 # what a forward pass of somebody else's module raises
 FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -88,7 +89,7 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._inside is None:
-            return self.flow.run(func, args, kwargs)
+            return run(self.flow, func, args, kwargs)
         return func(*args, **kwargs)
 
     @contextmanager

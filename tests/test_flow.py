@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dnal_nni.flow import Flow
 from dnal_nni.graph import CouplingGraph
 from dnal_nni.groups import find_groups
+from dnal_nni.rules import run
 from dnal_nni.trace import Trace
 
 C = 6
@@ -119,7 +120,7 @@ def test_an_operation_without_a_rule_freezes_what_enters() -> None:
     flow = Flow(graph, lambda tensor: None, lambda: ("block", "Block"))
     x = torch.randn(2, 4)
     flow.put(x, [vertex.ids[None]], None)
-    flow.run(torch.ops.aten.kthvalue.default, (x, 2), {})
+    run(flow, torch.ops.aten.kthvalue.default, (x, 2), {})
     reasons = set(graph.frozen_units(graph.units()).values())
     assert reasons == {"block: kthvalue mixes channels, or is not known, in Block.forward"}
 
