@@ -1,6 +1,6 @@
 """The default search with one thing changed, beside it: same harness, same options as peers.py.
 
-    python benchmarks/ablations.py run --data DIR --out benchmarks/results/peers --datasets cifar10 --methods joint hard
+    python benchmarks/ablations.py run --data DIR --out benchmarks/results/peers --methods default hard
 
 Lines go to OUT/ablations.jsonl; `python benchmarks/peers.py report` prints them below the peers. The form in which
 weights and gates took turns was the default up to commit 41ee096 and is not here any more.
@@ -109,7 +109,7 @@ def method(change: Change) -> peers.Method:
 
 
 CHANGES = {
-    "joint": Change(),
+    "default": Change(),
     "unsettled": Change(settled=False),
     "delta from 1": Change(delta=1.0),
     "hard": Change(delta=1e4),

@@ -182,7 +182,7 @@ class Training:
             momentum=0.9,
             nesterov=True,
             weight_decay=weight_decay,
-            fused=self.cuda or None,
+            **({"fused": True} if self.cuda else {}),  # torch 2.2 does not have it
         )
         self.pixels = torch.empty_like(data.pixels)
         self.labels = torch.empty_like(data.labels)

@@ -407,7 +407,11 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
         ["conv0.conv", "residual1.body.conv1", "residual1.body.conv2"],
     ),
     "layer norm over channels": (Program((op("conv", norm="layer", act="gelu"), LAST)), FIRST),
-    "rms norm over channels": (Program((op("conv", norm="rms"), LAST)), FIRST),
+    **(
+        {"rms norm over channels": (Program((op("conv", norm="rms"), LAST)), FIRST)}
+        if hasattr(nn, "RMSNorm")  # torch 2.4
+        else {}
+    ),
     "instance norm": (Program((op("conv", norm="instance"), op("norm", kind="instance", tracked=False), LAST)), FIRST),
     "batch norm without affine": (Program((op("conv"), op("norm", affine=False), LAST)), FIRST),
     "transformer MLP": (Program((C, op("tokens", cls=True), op("mlp"))), ["mlp2.expand"]),
