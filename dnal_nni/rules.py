@@ -514,8 +514,14 @@ def as_strided(flow: Flow, op: Operation) -> None:
 
 
 RULES: dict[str, Rule] = {
-    # without torch's tag
-    **dict.fromkeys(("hardswish", "hardsigmoid", "hardtanh", "mish", "rrelu", "celu", "selu", "softshrink"), pointwise),
+    **dict.fromkeys(
+        (
+            # without torch's tag, or without it in torch 2.2
+            *("hardswish", "hardsigmoid", "hardtanh", "mish", "rrelu", "celu", "selu", "softshrink", "leaky_relu", "elu"),
+            *("gelu", "silu", "relu6", "softplus", "log_sigmoid", "threshold", "_prelu_kernel"),
+        ),
+        pointwise,
+    ),
     **dict.fromkeys(("clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "dropout"), same),
     **dict.fromkeys(
         (

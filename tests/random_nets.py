@@ -692,7 +692,7 @@ def divisor(n: int, most: int = 4) -> int:
 
 def make_norm(name: str, x: Value, affine: bool = True, tracked: bool = True) -> nn.Module | None:
     c = x.channels
-    if x.kind == "tokens" and name not in ("layer", "rms"):
+    if x.kind == "tokens" and name not in ("layer", "rms") or name == "rms" and not hasattr(nn, "RMSNorm"):
         return None
     if name == "batch":
         return BATCH[x.dims](c, affine=affine, track_running_stats=tracked)
