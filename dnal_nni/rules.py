@@ -517,8 +517,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             # without torch's tag, or without it in torch 2.2
-            *("hardswish", "hardsigmoid", "hardtanh", "mish", "rrelu", "celu", "selu", "softshrink", "leaky_relu", "elu"),
-            *("gelu", "silu", "relu6", "softplus", "log_sigmoid", "threshold", "_prelu_kernel"),
+            *("hardswish", "hardsigmoid", "hardtanh", "mish", "rrelu", "celu", "selu", "softshrink", "leaky_relu"),
+            *("elu", "gelu", "silu", "relu6", "softplus", "log_sigmoid", "threshold", "_prelu_kernel"),
         ),
         pointwise,
     ),
@@ -552,7 +552,7 @@ RULES: dict[str, Rule] = {
         ),
         reduce,
     ),
-    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "flip"), along),
+    **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "sort"), along),
     **{f"{op}_pool{n}d": windowed(n) for op in ("avg", "_adaptive_avg", "adaptive_avg") for n in (1, 2, 3)},
     **{f"{op}_pool{n}d_with_indices": windowed(n) for op in ("max",) for n in (1, 2, 3)},
     **{f"{op}_pool{n}d": windowed(n) for op in ("max", "adaptive_max") for n in (1, 2, 3)},
@@ -572,7 +572,6 @@ RULES: dict[str, Rule] = {
     "index_put": index_put,
     "as_strided": as_strided,
 }
-RULES["flip"] = move
 
 
 def run(flow: Flow, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
