@@ -138,7 +138,7 @@ class DNALPruner(Pruner):
         for name, spaces in self._target_spaces.items():
             given = [space.sparse_ratio for space in spaces.values() if space.sparse_ratio is not None]
             selected[name] = min(given) if given else None
-        ratios = selection.select(groups, selected, {n for n, m in model.named_modules() if isinstance(m, Norm)})
+        ratios = selection.select(groups, selected, model)
         verify_and_freeze(model, groups, self._dummy_input, self.verify_seconds)
         active = [g for g in groups if g.frozen is None]
         if not active:

@@ -31,7 +31,9 @@ def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
     for group in groups:
         total = torch.zeros(group.channels, dtype=torch.float64)
         for member in group.members:
-            module = None if member.dim is not None else model.get_submodule(member.path)
+            if member.bare or member.side == "size":
+                continue
+            module = model.get_submodule(member.path)
             if not isinstance(module, (Conv, nn.Linear)):
                 continue
             weight = module.weight.detach().double().cpu()

@@ -9,6 +9,7 @@ from torch import nn
 
 from .errors import DNALError
 from .gate import ChannelFactor
+from .graph import Conv, Norm
 from .groups import ChannelGroup
 
 HONOURED = {
@@ -73,7 +74,9 @@ def check_config(model: nn.Module, config_list: Any) -> None:
             raise DNALError(f"config_list[{i}]: sparse_ratio={ratio!r} must be a float in [0, 1)")
 
 
-def select(groups: Sequence[ChannelGroup], selected: Mapping[str, float | None], norms: set[str]) -> dict[str, float]:
+def select(
+    groups: Sequence[ChannelGroup], selected: Mapping[str, float | None], model: nn.Module
+) -> dict[str, float]:
     """Freeze the groups that the config does not select; the ratio of channels to remove for the others.
 
     A group is selected where every layer that produces its channels is, or every norm that they pass: a layer that is
@@ -82,19 +85,25 @@ def select(groups: Sequence[ChannelGroup], selected: Mapping[str, float | None],
     Args:
         groups: their ``frozen`` is updated.
         selected: by layer name, its sparse_ratio (None: none given).
-        norms: paths of all normalisation layers of the model.
+        model: the ungated model.
     """
+    modules = dict(model.named_modules())
+    norms = {name for name, module in modules.items() if isinstance(module, Norm)}
     ratios = {}
     for group in groups:
         if group.frozen is not None:
             continue
         through = [m.path for m in group.members if m.side == "both" and m.path in norms]
-        if all(p in selected for p in group.producers):
-            layers = list(group.producers)
+        # a parameter that a forward reads itself goes with the layer that owns it. Other owners (MultiheadAttention) have
+        # no type in NNI, so no config can name them: they are open to a budget
+        owners = [p if p in modules else p.rpartition(".")[0] for p in group.producers]
+        producers = [p for p in owners if isinstance(modules[p], (Conv, nn.Linear))]
+        if all(p in selected for p in producers):
+            layers = producers
         elif through and all(p in selected for p in through):
             layers = through
         else:
-            missing = next(p for p in group.producers if p not in selected)
+            missing = next(p for p in producers if p not in selected)
             group.frozen = f"config_list does not select {missing}"
             continue
         ratios[group.name] = min((r for p in layers if (r := selected[p]) is not None), default=0.0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from dnal_nni import DNALError, DNALPruner, load_compressed, register_adapter, save_compressed
+from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, register_adapter, save_compressed
 from dnal_nni.adapters import adapt, restore
 from dnal_nni.groups import find_groups
 from dnal_nni.slim import slim_copy
@@ -100,6 +100,31 @@ def test_heads_go_as_a_whole() -> None:
     pruner = DNALPruner(model, [{"op_types": ["Conv2d", "Linear"]}], dummy_input=x)
     pruner.unwrap_model()
     assert type(model.attention) is nn.MultiheadAttention
+
+
+def test_a_network_with_heads_is_searched_and_cut() -> None:
+    torch.manual_seed(0)
+    model, x = Encoder(batch_first=True), torch.randn(2, 3, 16, 16)
+    config = [{"op_types": ["Conv2d", "Linear"]}]
+    pruner = DNALPruner(model, config, dummy_input=x, budget=Budget(params=0.8))
+    assert {g.producers[0] for g in pruner.groups if g.frozen is None} == {"mlp.0", "attention.in_proj_weight"}
+    reasons = {g.producers[0]: g.frozen for g in pruner.groups}
+    assert reasons["patches"] == "config_list does not select attention.out_proj"  # NNI has no such layer type
+    with pruner.search(steps=10, progress=False) as search:
+        for _ in range(10):
+            search.step(model(x).square().mean())
+    slim = pruner.speedup()
+    assert torch.allclose(model.eval()(x), slim.eval()(x), atol=1e-5)
+    assert pruner.report.after.params < 0.9 * pruner.report.before.params
+
+
+def test_a_stored_size_is_no_layer() -> None:
+    """torchvision's ResNet keeps ``inplanes``, a number that a search must not take for a module."""
+    model, x = torchvision.models.resnet18(num_classes=4), torch.randn(2, 3, 32, 32)
+    pruner = DNALPruner(model, [{"op_types": ["Conv2d"]}], dummy_input=x, budget=Budget(flops=0.5))
+    with pruner.search(steps=2, progress=False) as search:
+        search.step(model(x).square().mean())
+    assert pruner.speedup()(x).shape == (2, 4)
 
 
 class Standardised(nn.Conv2d):
