@@ -94,8 +94,8 @@ def select(
         if group.frozen is not None:
             continue
         through = [m.path for m in group.members if m.side == "both" and m.path in norms]
-        # a parameter that a forward reads itself goes with the layer that owns it. Other owners (MultiheadAttention) have
-        # no type in NNI, so no config can name them: they are open to a budget
+        # a parameter that a forward reads itself goes with the layer that owns it. Other owners (MultiheadAttention)
+        # have no type in NNI, so no config can name them: they are open to a budget
         owners = [p if p in modules else p.rpartition(".")[0] for p in group.producers]
         producers = [p for p in owners if isinstance(modules[p], (Conv, nn.Linear))]
         if all(p in selected for p in producers):
