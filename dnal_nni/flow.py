@@ -202,3 +202,42 @@ class Flow:
         for tensor, labels in list(self._labels.items()):
             if labels.site is not None and tensor.untyped_storage().data_ptr() == storage.data_ptr():
                 self._labels[tensor] = dataclasses.replace(labels, site=None)
+
+
+@dataclasses.dataclass
+class Operation:
+    """One call of an ATen operation.
+
+    Attributes:
+        func: the overload, as PyTorch dispatched it.
+        args, kwargs: what it was called with.
+        out: what it returned.
+        labels: of every tensor among the arguments, in their order; None where nothing can be removed.
+        zero: for pointwise operations: is the result 0 where the tensors of these numbers are?
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    labels: list[Labels | None]
+    zero: Callable[[set[int]], bool] | None
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket.__name__).strip("_")
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operation's schema."""
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
+        return default
+
+    @property
+    def numbers(self) -> list[Any]:
+        return _flatten([self.args, list(self.kwargs.values())])
+
+
+def _flatten(x: Any) -> list[Any]:
+    return [z for y in x for z in _flatten(y)] if isinstance(x, (list, tuple)) else [x]

@@ -34,6 +34,10 @@ Side = Literal["out", "in", "both", "size"]
 through; "size" for a number that a module keeps about its channels, such as ``num_heads``."""
 
 
+# what a forward pass of somebody else's module raises
+FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 def whole_groups(conv: nn.Module) -> bool:
     """Whether a grouped convolution loses whole groups (input and output channels together), depthwise included.
 
@@ -178,7 +182,7 @@ class CouplingGraph:
             ]
             if not pending:
                 return labels
-            self._edges.append(pending[0] if len(pending) == 1 else _joined(pending))
+            self._edges.append(_joined(pending))
 
     def _components(self) -> np.ndarray:
         left, right = _joined(self._edges)

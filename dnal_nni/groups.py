@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
-from .graph import Norm, Side, VertexKey, clone, varying_axes
-from .trace import FORWARD_ERRORS, Trace
+from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, clone, varying_axes
+from .trace import Trace
 
 Site = Literal["norm", "input"]
 
@@ -203,7 +202,7 @@ def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dic
     )
 
 
-def _stored_sizes(traced: Trace, labels: np.ndarray) -> Iterator[_Slot]:
+def _stored_sizes(traced: Trace, labels: np.ndarray) -> list[_Slot]:
     """Numbers that modules keep about channels that can go: ``num_heads``, the sizes of a split, a static width.
 
     A number that a forward handed to an operation, and that counts labelled positions there, is looked up among the
@@ -227,4 +226,4 @@ def _stored_sizes(traced: Trace, labels: np.ndarray) -> Iterator[_Slot]:
             if fits:
                 key: VertexKey = (f"{stored.path}.{name}".lstrip("."), "size", stored.position)
                 found.setdefault(key, _Slot(key, units))
-    return iter(found.values())
+    return list(found.values())

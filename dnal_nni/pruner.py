@@ -23,13 +23,12 @@ from .budget import Budget, Objective, exact_cut
 from .cost import CostModel, measure
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
-from .graph import Norm, call, clone
+from .graph import FORWARD_ERRORS, Norm, call, clone
 from .groups import ChannelGroup, find_groups
 from .inject import attach, detach
 from .report import GroupReport, Report
 from .search import PAPER_THRESHOLD, Search
 from .slim import slim_copy
-from .trace import FORWARD_ERRORS
 from .verify import TOLERANCE, difference, example_like, verify_and_freeze
 
 Masks = dict[str, dict[str, Tensor]]

@@ -7,54 +7,15 @@ left alone.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .flow import Arrays, Flow, Labels, Site, StoredSize, axes_of, compress, lay
-from .graph import flatten_tensors
-
-
-def _is_pointwise(func: Any, name: str) -> bool:
-    """torch's own tag; in-place variants do not all carry it."""
-    functional = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
-    overloads = [func] if functional is None else [func, *(getattr(functional, o) for o in functional.overloads())]
-    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
-
-
-@dataclasses.dataclass
-class Operation:
-    """One call of an ATen operation: arguments, result, labels of its tensors, which zeros pass (see `_zero_test`)."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-    labels: list[Labels | None]
-    zero: Callable[[set[int]], bool] | None
-
-    @property
-    def name(self) -> str:
-        return str(self.func.overloadpacket.__name__).strip("_")
-
-    def argument(self, name: str, default: Any = None) -> Any:
-        """An argument by its name in the operation's schema."""
-        for i, argument in enumerate(self.func._schema.arguments):
-            if argument.name == name:
-                return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
-        return default
-
-    @property
-    def numbers(self) -> list[Any]:
-        return _flatten([self.args, list(self.kwargs.values())])
-
-
-def _flatten(x: Any) -> list[Any]:
-    return [z for y in x for z in _flatten(y)] if isinstance(x, (list, tuple)) else [x]
-
+from .flow import Flow, Operation, Site, StoredSize, axes_of, compress
+from .graph import FORWARD_ERRORS, flatten_tensors
+from .products import attention, batch_norm, convolution, matmul
 
 Rule = Callable[[Flow, Operation], None]
 
@@ -174,16 +135,15 @@ def reshape(flow: Flow, op: Operation) -> None:
 def pad(flow: Flow, op: Operation) -> None:
     """Padding positions are fixed, and zero only if that is the value."""
     labels = op.labels[0]
-    value = op.argument("value", 0.0)
     if labels is not None:
-        arrays = [compress(op.func(array.expand(labels.shape), op.args[1], -1)) for array in labels.arrays]
-        widths = list(op.args[1])
-        padded = {labels.shape.__len__() - 1 - i // 2 for i, width in enumerate(widths) if width}
+        widths, value = op.args[1], op.argument("value", 0.0)
+        padded = {len(labels.shape) - 1 - i // 2 for i, width in enumerate(widths) if width}
         # along a spatial axis the padding is no channel: it has no label of its own
-        free = [
-            a if padded & set(axes_of(array)) else array for a, array in zip(arrays, labels.arrays)
+        arrays = [
+            compress(op.func(array.expand(labels.shape), widths, -1)) if padded & set(axes_of(array)) else array
+            for array in labels.arrays
         ]
-        flow.put(op.out, free, labels.site if value == 0 else None)
+        flow.put(op.out, arrays, labels.site if value == 0 else None)
 
 
 def mirror_pad(flow: Flow, op: Operation) -> None:
@@ -256,8 +216,10 @@ def _side_by_side(
     site = None if any(s is None for s in sites) else frozenset().union(*(s for s in sites if s is not None))
     if not any(axis in axes_of(array) for array in shown):
         # tokens beside tokens: their channels meet
-        operands = [((*shape[:axis], 1, *shape[axis + 1 :]), (array,) if array is not None else ())
-                    for shape, array, _ in pieces]
+        operands = [
+            ((*shape[:axis], 1, *shape[axis + 1 :]), (array,) if array is not None else ())
+            for shape, array, _ in pieces
+        ]
         flow.put(op.out, flow.meet(operands, f"{op.name} beside a tensor whose channels are fixed"), site)
         return
     varying = {a for array in shown for a in axes_of(array)} | {axis}
@@ -299,7 +261,7 @@ def along(flow: Flow, op: Operation) -> None:
                 flow.put(out, arrays, None)
 
 
-def _windowed(flow: Flow, op: Operation, spatial: int, keeps_zero: bool = True) -> None:
+def _windowed(flow: Flow, op: Operation, spatial: int) -> None:
     labels = op.labels[0]
     for other in op.labels[1:]:
         flow.freeze(other, f"{op.name} of two tensors")
@@ -307,7 +269,7 @@ def _windowed(flow: Flow, op: Operation, spatial: int, keeps_zero: bool = True) 
         axes = range(len(labels.shape) - spatial, len(labels.shape))
         arrays = flow.mix(labels, list(axes), f"{op.name} runs over the channels")
         for out in flatten_tensors(op.out):
-            flow.put(out, arrays, labels.site if keeps_zero else None)
+            flow.put(out, arrays, labels.site)
 
 
 def windowed(spatial: int) -> Rule:
@@ -329,133 +291,6 @@ def glu(flow: Flow, op: Operation) -> None:
             array = first
         arrays.append(array)
     flow.put(op.out, arrays, labels.site)
-
-
-def matmul(flow: Flow, op: Operation) -> None:
-    """Matrix products. What is summed over stands or falls as a whole, unless one factor is a bare parameter.
-
-    ``x @ parameter`` is a linear layer without a module: its input channels are read, its outputs produced, one by one.
-    """
-    names = ("mat1", "mat2") if op.name == "addmm" else ("batch1", "batch2") if op.name == "baddbmm" else None
-    a, b = (op.argument(n) for n in names) if names else op.args[:2]
-    bias = op.args[0] if names else None
-    la, lb = flow.of(a), flow.of(b)
-    what = f"{op.name} multiplies channels with a tensor whose channels are fixed"
-    rank = op.out.dim()
-    summed_a, summed_b = a.dim() - 1, max(b.dim() - 2, 0)
-    arrays_a, arrays_b = list(la.arrays if la else ()), list(lb.arrays if lb else ())
-    along_a = [x for x in arrays_a if summed_a in axes_of(x)]
-    along_b = [x for x in arrays_b if summed_b in axes_of(x)]
-    others_a = [x for x in arrays_a if summed_a not in axes_of(x)]
-    others_b = [x for x in arrays_b if summed_b not in axes_of(x)]
-    reader = flow.parameter(along_b[0]) if len(along_b) == 1 else None
-    source = flow.parameter(others_b[0]) if len(others_b) == 1 else None
-    if source is not None:
-        flow.graph.producers.add(source.key)
-    if reader is not None:
-        for x in along_a:
-            if axes_of(x) == (summed_a,):
-                flow.graph.couple(reader.ids, x.reshape(-1), flow.why(what))
-                flow.graph.read_by(reader, la.site if la else None)
-            else:
-                flow.graph.freeze(x, flow.why(what))
-        if not along_a:
-            flow.graph.freeze(reader.ids, flow.why(what))
-    else:
-        for mine, labels, axis, kept in ((along_a, la, summed_a, others_a), (along_b, lb, summed_b, others_b)):
-            if labels is not None:
-                kept += flow.mix(dataclasses.replace(labels, arrays=tuple(mine)), [axis], what)
-    # the result has the rows of a and the columns of b
-    if a.dim() == 1 or b.dim() == 1:
-        for x in others_a + others_b:
-            flow.graph.freeze(x, flow.why(what))
-        return
-    shape_a, shape_b = (*a.shape[:-1], 1), (*b.shape[:-2], 1, b.shape[-1])
-    operands: list[tuple[Sequence[int], Arrays]] = [(shape_a, tuple(others_a)), (shape_b, tuple(others_b))]
-    if bias is not None:
-        lbias = flow.of(bias)
-        operands.append((bias.shape, lbias.arrays if lbias else ()))
-    met = flow.meet(operands, what)
-    flow.put(op.out, [x for x in met if x.dim() == rank], None)
-
-
-def attention(flow: Flow, op: Operation) -> None:
-    """Fused attention: query and key are summed over their last axis, heads meet heads."""
-    q, k, v = (flow.of(t) for t in op.args[:3])
-    mask = op.argument("attn_mask")
-    what = "attention over channels that are fixed elsewhere"
-    for labels in (q, k, v):
-        if labels is not None and any(len(labels.shape) - 2 in axes_of(array) for array in labels.arrays):
-            for other in op.labels:
-                flow.freeze(other, "attention over tokens that are channels")
-            return
-    operands: list[tuple[Sequence[int], Arrays]] = []
-    for tensor, labels in ((op.args[0], q), (op.args[1], k), (mask, flow.of(mask))):
-        if tensor is not None:
-            summed = [-1] if tensor is not mask else [-1, -2]
-            operands.append(((*tensor.shape[:-2], 1, 1), flow.mix(labels, summed, what)))
-    value = op.args[2]
-    operands.append(((*value.shape[:-2], 1, value.shape[-1]), v.arrays if v else ()))
-    flow.put(next(flatten_tensors(op.out)), flow.meet(operands, what), None)
-
-
-def convolution(flow: Flow, op: Operation) -> None:
-    """A convolution that is no layer: its kernel may be one for each channel, or a bare parameter."""
-    x, weight, bias = (flow.of(op.argument(name)) for name in ("input", "weight", "bias"))
-    kernel, offset = op.argument("weight"), op.argument("bias")
-    groups, channels = op.argument("groups", 1), op.argument("input").shape[1]
-    if groups == channels == kernel.shape[0] and not op.argument("transposed", False):
-        if x is None:
-            flow.freeze(weight, "a convolution with fixed channels")
-            return
-        lines = flow.mix(x, [0, *range(2, len(x.shape))], "a convolution runs over the channels")
-        columns: list[tuple[Sequence[int], Arrays]] = [
-            ((channels,), tuple(a.reshape(-1) for a in lines)),
-            ((channels,), tuple(a.reshape(-1) for a in weight.arrays if axes_of(a) == (0,)) if weight else ()),
-        ]
-        if offset is not None:
-            columns.append((offset.shape, bias.arrays if bias else ()))
-        met = flow.meet(columns, "a convolution with a fixed kernel")
-        for array in met:
-            flow.note_sizes([groups], array, (groups,))
-        flow.put(op.out, [lay(array, 1, op.out.dim()) for array in met], x.site if offset is None else None)
-        return
-    reads, makes = (0, 1) if op.argument("transposed", False) else (1, 0)
-    sides = [next((a for a in weight.arrays if axes_of(a) == (d,)), None) if weight else None for d in (reads, makes)]
-    reader, source = (flow.parameter(a) if a is not None else None for a in sides)
-    if groups > 1 or source is None or reader is None and x is not None:
-        for labels in (x, weight, bias):
-            flow.freeze(labels, "a convolution that is no layer")
-        return
-    arrived = [a for a in x.arrays if axes_of(a) == (1,)] if x is not None else []
-    if reader is not None and len(arrived) == 1 and x is not None and len(x.arrays) == 1:
-        flow.graph.couple(reader.ids, arrived[0].reshape(-1), flow.why("channels beside fixed ones"))
-        flow.graph.read_by(reader, x.site)
-    else:
-        flow.freeze(x, "a convolution runs over the channels")
-        if reader is not None:
-            flow.graph.freeze(reader.ids, flow.why("a convolution reads fixed channels"))
-    flow.graph.producers.add(source.key)
-    if offset is not None:
-        made = [((source.size,), (source.ids,)), (offset.shape, bias.arrays if bias else ())]
-        flow.meet(made, "a convolution with a fixed bias")
-    flow.put(op.out, [lay(source.ids, 1, op.out.dim())], None)
-
-
-def batch_norm(flow: Flow, op: Operation) -> None:
-    """Batch norm as a function: all its tensors are per channel."""
-    x = flow.of(op.args[0])
-    shape = op.args[0].shape
-    operands: list[tuple[Sequence[int], Arrays]] = []
-    arrays = flow.mix(x, [i for i in range(len(shape)) if i != 1], "batch norm over other axes than channels")
-    operands.append(((1, shape[1]), tuple(a.reshape(a.shape[:2]) for a in arrays)))
-    for tensor in op.args[1:5]:
-        if isinstance(tensor, Tensor):
-            labels = flow.of(tensor)
-            operands.append((tensor.shape, labels.arrays if labels else ()))
-    met = flow.meet(operands, "batch norm with fixed statistics")
-    out = next(flatten_tensors(op.out))
-    flow.put(out, [lay(a, 1, out.dim()) for a in met], None)
 
 
 def roi(flow: Flow, op: Operation) -> None:
@@ -517,12 +352,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             # without torch's tag, or without it in torch 2.2
-            *("hardswish", "hardsigmoid", "hardtanh", "mish", "rrelu", "celu", "selu", "softshrink", "leaky_relu"),
-            *("elu", "gelu", "silu", "relu6", "softplus", "log_sigmoid", "threshold", "_prelu_kernel"),
+            *("hardswish", "hardsigmoid", "hardtanh", "mish", "celu", "softshrink", "leaky_relu"),
+            *("elu", "gelu", "silu", "softplus", "threshold", "_prelu_kernel"),
         ),
         pointwise,
     ),
-    **dict.fromkeys(("clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "dropout"), same),
+    **dict.fromkeys(("clone", "_to_copy", "detach", "alias", "lift_fresh"), same),
     **dict.fromkeys(
         (
             *("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli"),
@@ -538,8 +373,8 @@ RULES: dict[str, Rule] = {
         ),
         move,
     ),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "unflatten", "_reshape_alias"), reshape),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"), split),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), reshape),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split"), split),
     **dict.fromkeys(("unbind", "select"), unbind),
     "constant_pad_nd": pad,
     **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], mirror_pad),
@@ -554,18 +389,17 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "sort"), along),
     **{f"{op}_pool{n}d": windowed(n) for op in ("avg", "_adaptive_avg", "adaptive_avg") for n in (1, 2, 3)},
-    **{f"{op}_pool{n}d_with_indices": windowed(n) for op in ("max",) for n in (1, 2, 3)},
+    **{f"max_pool{n}d_with_indices": windowed(n) for n in (2, 3)},
     **{f"{op}_pool{n}d": windowed(n) for op in ("max", "adaptive_max") for n in (1, 2, 3)},
-    **{f"upsample_{kind}": windowed(n) for kind, n in (
-        ("nearest1d", 1), ("nearest2d", 2), ("nearest3d", 3), ("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2),
-        ("trilinear3d", 3), ("_nearest_exact2d", 2), ("_bilinear2d_aa", 2), ("_bicubic2d_aa", 2),
-    )},
-    **{f"_upsample_{kind}": windowed(2) for kind in ("nearest_exact2d", "bilinear2d_aa", "bicubic2d_aa")},
+    **{f"upsample_nearest{n}d": windowed(n) for n in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{n}d": windowed(n) for n in (1, 2, 3)},
+    **{f"upsample_{kind}": windowed(n) for kind, n in (("linear1d", 1), ("bilinear2d", 2), ("trilinear3d", 3))},
+    **dict.fromkeys(("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"), windowed(2)),
     "grid_sampler_2d": windowed(2),
     "glu": glu,
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "matmul"), matmul),
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), matmul),
     "_scaled_dot_product_flash_attention_for_cpu": attention,
-    **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), convolution),
+    "convolution": convolution,
     **dict.fromkeys(("native_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update"), batch_norm),
     **dict.fromkeys(("roi_align", "roi_pool", "ps_roi_align"), roi),
     "index": index,
@@ -574,23 +408,47 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _is_pointwise(func: Any, functional: str) -> bool:
+    """torch's own tag; in-place variants do not all carry it."""
+    packet = getattr(torch.ops.aten, functional, None)
+    overloads = [func] if packet is None else [func, *(getattr(packet, o) for o in packet.overloads())]
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
+
+
+def _rule(func: Any) -> Rule | None:
+    """The rule for an operation of torch or torchvision; somebody else's may mean anything by the same name."""
+    name = func.overloadpacket.__name__
+    if func.namespace not in ("aten", "torchvision"):
+        return None
+    functional = name.rstrip("_") if _in_place(func) else name
+    return RULES.get(functional) or (pointwise if _is_pointwise(func, functional) else None)
+
+
+def _in_place(func: Any) -> bool:
+    name: str = func.overloadpacket.__name__
+    return name.endswith("_") and not name.endswith("__")
+
+
 def run(flow: Flow, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an ATen operation, and label what it returns."""
+    """Run an ATen operation, and label what it returns. Where no rule can follow, what enters is frozen."""
     labels = [flow.of(t) for t in flatten_tensors([args, list(kwargs.values())])]
     if all(entering is None for entering in labels):
         return func(*args, **kwargs)
-    name = func.overloadpacket.__name__
-    in_place = name.endswith("_") and not name.endswith("__")
-    rule = RULES.get(name.rstrip("_") if in_place else name)
-    if rule is None and _is_pointwise(func, name):
-        rule = pointwise
-    if rule in (pointwise, None) and in_place and isinstance(args[0], Tensor):
+    rule = _rule(func)
+    if rule in (pointwise, None) and _in_place(func) and isinstance(args[0], Tensor):
         flow.forget_sites(args[0])
     zero = _zero_test(func, args, kwargs) if rule is pointwise and any(x and x.site for x in labels) else None
     out = func(*args, **kwargs)
-    if rule is None:
-        for entering in labels:
-            flow.freeze(entering, f"{name} mixes channels, or is not known,")
-    else:
-        rule(flow, Operation(func, args, kwargs, out, labels, zero))
+    name = func.overloadpacket.__name__
+    why = f"{name} mixes channels, or is not known,"
+    if rule is not None:
+        try:
+            rule(flow, Operation(func, args, kwargs, out, labels, zero))
+            return out
+        except FORWARD_ERRORS as error:  # a form of the operation that the rule does not expect
+            why = f"{name} cannot be followed ({type(error).__name__})"
+            for tensor in flatten_tensors(out):
+                flow.put(tensor, (), None)
+    for entering in labels:
+        flow.freeze(entering, why)
     return out

@@ -30,9 +30,6 @@ from .graph import (
 )
 from .rules import run
 
-# what a forward pass of somebody else's module raises
-FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is read as a whole, not op by op."""
@@ -157,7 +154,7 @@ class Trace(TorchDispatchMode):
         out: Tensor,
     ) -> None:
         into, source = self.graph.vertex(path, "in", n_in), self.graph.vertex(path, "out", n_out)
-        first_time = source.key not in self.graph.producers and into.key not in self.graph.sites
+        first_time = into.key not in self.graph.sites
         passed = self._read(into, x, labels, axis, batch=range(axis) if isinstance(module, nn.Linear) else (0,))
         site = labels.site if labels is not None else None
         self.graph.read_by(into, site)

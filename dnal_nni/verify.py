@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .gate import ScaledSigmoidGate
-from .graph import Norm, call, clone, flatten_tensors
+from .graph import FORWARD_ERRORS, Norm, call, clone, flatten_tensors
 from .groups import ChannelGroup
 from .inject import attach
 from .slim import Keep, slim_copy
-from .trace import FORWARD_ERRORS
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|."""
