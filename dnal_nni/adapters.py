@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from torch import nn
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from .attention import (
+    SlimMultiheadAttention,
+    SlimRelativePositionalMultiHeadAttention,
+    SlimShiftedWindowAttention,
+    SlimShiftedWindowAttentionV2,
+)
 from .errors import DNALError
 
 _ORIGINAL = "_dnal_original_class"
-_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: SlimMultiheadAttention,
+    ShiftedWindowAttention: SlimShiftedWindowAttention,
+    ShiftedWindowAttentionV2: SlimShiftedWindowAttentionV2,
+    RelativePositionalMultiHeadAttention: SlimRelativePositionalMultiHeadAttention,
+}
 
 
 def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) -> None:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from .adapters import register_adapter
-
 
 def _heads(qkv: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """``[B, L, parts * heads * d]`` -> ``parts`` tensors ``[B, heads, L, d]``."""
@@ -34,10 +32,11 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         )
         if not plain:
             return super().forward(query, key, value, *args, **kwargs)
+        to_itself = query is key and key is value
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         bias = self.in_proj_bias
-        if query is key and key is value or (torch.equal(query, key) and torch.equal(key, value)):
+        if to_itself:
             q, k, v = _heads(F.linear(query, self.in_proj_weight, bias), 3, self.num_heads)
         else:
             biases = bias.chunk(3) if bias is not None else (None, None, None)
@@ -130,9 +129,3 @@ class SlimRelativePositionalMultiHeadAttention(RelativePositionalMultiHeadAttent
         weights = (q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()).softmax(-1)
         merged: Tensor = self.merge((weights @ v).transpose(2, 3).flatten(3))
         return merged
-
-
-register_adapter(nn.MultiheadAttention, SlimMultiheadAttention)
-register_adapter(ShiftedWindowAttention, SlimShiftedWindowAttention)
-register_adapter(ShiftedWindowAttentionV2, SlimShiftedWindowAttentionV2)
-register_adapter(RelativePositionalMultiHeadAttention, SlimRelativePositionalMultiHeadAttention)

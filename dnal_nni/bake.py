@@ -6,12 +6,14 @@ network computes with the whole filter; the cut network keeps exactly those valu
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import Conv
@@ -39,7 +41,8 @@ def bake(module: nn.Module) -> bool:
     baked = False
     if parametrize.is_parametrized(module):
         baked = True
-        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[operator, union-attr]
+        names = [name for name, _ in module.get_submodule("parametrizations").named_children()]
+        values = {name: getattr(module, name).detach().clone() for name in names}
         trainable = any(p.requires_grad for p in module.parameters())
         # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
         del module._modules["parametrizations"]
@@ -47,10 +50,9 @@ def bake(module: nn.Module) -> bool:
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
     for key, hook in list(module._forward_pre_hooks.items()):
-        name = getattr(hook, "name", None)
-        if hasattr(hook, "compute_weight") and isinstance(name, str):  # torch.nn.utils.weight_norm, spectral_norm
+        if isinstance(hook, WeightNorm):  # torch.nn.utils.weight_norm
             baked = True
-            hook.remove(module)  # type: ignore[attr-defined]
+            hook.remove(module)
             del module._forward_pre_hooks[key]
     return _make_plain(module) or baked
 
@@ -60,27 +62,34 @@ def _make_plain(module: nn.Module) -> bool:
     ordinary: Any = next((c for c in type(module).__mro__ if c.__module__ == "torch.nn.modules.conv"), None)
     if not isinstance(module, Conv) or ordinary is None or type(module).forward is ordinary.forward:
         return False
-    x = torch.randn(2, module.in_channels, *[32] * len(module.kernel_size)).to(module.weight)
+    sizes = [(k - 1) * d + 4 for k, d in zip(module.kernel_size, module.dilation)]
+    x = torch.randn(2, module.in_channels, *sizes, generator=torch.Generator().manual_seed(0)).to(module.weight)
     with torch.no_grad(), _Capture() as capture:
-        expected = module(x)
+        module(x)
     if capture.weight is None or capture.weight is module.weight:
         return False
-    candidates: list[Any] = [ordinary]
+    candidates = [ordinary]
     if "timm" in sys.modules and ordinary is nn.Conv2d:
         candidates.append(sys.modules["timm"].layers.Conv2dSame)
-    original, state, parameters = type(module), dict(module.__dict__), dict(module._parameters)
-    weight = capture.weight.detach().clone()
+    exact = copy.deepcopy(module).double()
+    with torch.no_grad(), _Capture() as precise:
+        expected = exact(x.double())
+    assert precise.weight is not None
     for candidate in candidates:
-        module.__class__ = candidate
-        module.register_parameter("weight", nn.Parameter(weight, requires_grad=parameters["weight"].requires_grad))  # type: ignore[union-attr]
-        for name in set(module._parameters) - {"weight", "bias"}:
-            del module._parameters[name]
+        plain = copy.deepcopy(exact)
+        _become(plain, candidate, precise.weight)
         with torch.no_grad():
-            got = module(x)
-        if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
+            got = plain(x.double())
+        if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-9, atol=1e-9):
+            _become(module, candidate, capture.weight)
             return True
-        module.__dict__.update(state)
-        module._parameters.clear()
-        module._parameters.update(parameters)
-        module.__class__ = original
     return False
+
+
+def _become(module: Conv, plain: type[nn.Module], weight: Tensor) -> None:
+    """Make ``module`` a ``plain`` convolution with this weight; parameters that computed it are dropped."""
+    trainable = module.weight.requires_grad
+    for name in set(module._parameters) - {"bias"}:
+        del module._parameters[name]
+    module.register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=trainable))
+    module.__class__ = plain  # type: ignore[assignment]  # torch types it as the variable's own class

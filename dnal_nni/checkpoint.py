@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
 from .bake import bake
 from .errors import DNALError

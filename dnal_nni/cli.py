@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import difflib
 import importlib
@@ -150,22 +149,21 @@ def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds
     import torch
     from torch import nn
 
-    from .cost import _analysis
-    from .graph import Conv
+    from .cost import flops_by_module
+    from .graph import FORWARD_ERRORS, Conv, call, clone
     from .groups import find_groups
     from .verify import verify_and_freeze
 
     target = target or type(model).__name__
     start = time.perf_counter()
     shapes = " and ".join(str(tuple(x.shape)) for x in _as_tuple(dummy_input))
-    with _told(f"{target} rejects an input of shape {shapes}"), torch.no_grad():
-        copy.deepcopy(model).eval()(*_as_tuple(dummy_input))
-    with _told(f"the channels of {target} cannot be traced"):
+    with _told(f"{target} rejects an input of shape {shapes}", FORWARD_ERRORS), torch.no_grad():
+        call(clone(model).eval(), dummy_input)
+    with _told(f"the channels of {target} cannot be traced", FORWARD_ERRORS):
         groups = find_groups(model, dummy_input)
         verify_and_freeze(model, groups, dummy_input, verify_seconds)
-    with _told(f"the FLOPs of {target} cannot be counted"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's remarks on the model's forward
-        flops = {path: int(number) for path, number in _analysis(model, dummy_input).by_module().items()}
+    with _told(f"the FLOPs of {target} cannot be counted", FORWARD_ERRORS):
+        flops = flops_by_module(model, dummy_input)
 
     def share(paths: set[str]) -> float:
         return sum(flops.get(path, 0) for path in paths) / max(flops[""], 1)
@@ -210,13 +208,13 @@ def _as_tuple(dummy_input: Any) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Whatever somebody else's code raises, as one sentence."""
+def _told(what: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """What somebody else's code raises, as one sentence; importing and building run code that may raise anything."""
     try:
         yield
     except DNALError:
         raise
-    except Exception as error:
+    except errors as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DNALError(f"{what}: {lines[0]}") from error
 

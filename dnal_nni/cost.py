@@ -32,7 +32,13 @@ class Complexity:
     params: int
 
 
-def _analysis(model: nn.Module, dummy_input: Any) -> FlopCountAnalysis:
+def flops_by_module(model: nn.Module, dummy_input: Any) -> dict[str, int]:
+    """fvcore's count for every module by dotted path, "" the whole, in eval mode, on a copy without gates.
+
+    Args:
+        model: any module that runs on ``dummy_input``.
+        dummy_input: a tensor, a tuple or list of positional arguments, or a dict of arguments in positional order.
+    """
     model = clone(model).eval()
     detach(model)
     if isinstance(dummy_input, Mapping):
@@ -41,8 +47,10 @@ def _analysis(model: nn.Module, dummy_input: Any) -> FlopCountAnalysis:
         inputs = tuple(dummy_input)
     else:
         inputs = (dummy_input,)
-    analysis = FlopCountAnalysis(model, inputs)
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's remarks on the user's forward
+        analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return {path: int(count) for path, count in analysis.by_module().items()}
 
 
 def measure(model: nn.Module, dummy_input: Any) -> Complexity:
@@ -52,10 +60,7 @@ def measure(model: nn.Module, dummy_input: Any) -> Complexity:
         model: any module that runs on ``dummy_input``.
         dummy_input: a tensor, a tuple or list of positional arguments, or a dict of arguments in positional order.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's remarks on the user's forward
-        flops = int(_analysis(model, dummy_input).total())
-    return Complexity(flops, sum(p.numel() for p in model.parameters()))
+    return Complexity(flops_by_module(model, dummy_input)[""], sum(p.numel() for p in model.parameters()))
 
 
 class CostModel:
@@ -74,11 +79,8 @@ class CostModel:
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any) -> None:
         self.active = [g for g in groups if g.frozen is None]
         self.sizes = [g.channels for g in self.active]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            analysis = _analysis(model, dummy_input)
-            flops_of = analysis.by_module()
-        self.dense = Complexity(int(flops_of[""]), sum(p.numel() for p in model.parameters()))
+        flops_of = flops_by_module(model, dummy_input)
+        self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()))
 
         row_of: dict[VertexKey, int] = {}  # row 0 is the constant 1
         counts: dict[tuple[int, int], int] = defaultdict(int)  # (row, unit) -> channels

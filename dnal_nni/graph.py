@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -78,6 +79,18 @@ def call(model: nn.Module, dummy_input: Any) -> Any:
     if isinstance(dummy_input, (list, tuple)):
         return model(*dummy_input)
     return model(dummy_input)
+
+
+@contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """The same random numbers every time, on the CPU and on the model's GPUs; the caller's are put back."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 def clone(model: nn.Module) -> nn.Module:

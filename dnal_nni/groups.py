@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import attention  # noqa: F401  (registers its adapters)
 from .adapters import adapt
-from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, clone, varying_axes
+from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, clone, seeded, varying_axes
 from .trace import Trace
 
 Site = Literal["norm", "input"]
@@ -93,8 +92,7 @@ def trace(model: nn.Module, dummy_input: Any) -> Trace:
     model = clone(model)
     adapt(model)
     result = Trace(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(model):
         model.eval()
         result.run(dummy_input)
         model.train()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gate import ScaledSigmoidGate
-from .graph import FORWARD_ERRORS, Norm, call, clone, flatten_tensors
+from .graph import FORWARD_ERRORS, Norm, call, clone, flatten_tensors, seeded
 from .groups import ChannelGroup
 from .inject import attach
 from .slim import Keep, slim_copy
@@ -102,8 +102,7 @@ def _outputs(
         model.get_submodule(path).register_forward_hook(lambda module, args, out: watched.append(out)) for path in watch
     ]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded(model), torch.no_grad():
             returned = list(flatten_tensors(call(model, inputs)))
     finally:
         for handle in handles:
@@ -204,13 +203,13 @@ class _Verification:
         self.admitted: list[ChannelGroup] = []
 
     def run(self) -> int:
+        inputs = [self.quick]
         while active := [g for g in self.groups if g.frozen is None]:
-            if self._trial(active, self.inputs) is None:
-                break
-            if self._late(active):
+            if self._trial(active, self.inputs) is None or self._late(active):
                 break
             self.admitted = []
-            self._admit(active)
+            self._admit(active, inputs)
+            inputs = self.inputs  # what the quick one does not show, another may
         return self.trials
 
     def _late(self, pending: Sequence[ChannelGroup]) -> bool:
@@ -219,10 +218,10 @@ class _Verification:
             group.frozen = f"not verified within verify_seconds={self.seconds:g}"
         return late
 
-    def _admit(self, pending: list[ChannelGroup]) -> None:
+    def _admit(self, pending: list[ChannelGroup], inputs: Sequence[Any]) -> None:
         if not pending or self._late(pending):
             return
-        failure = self._trial(self.admitted + pending, [self.quick])
+        failure = self._trial(self.admitted + pending, inputs)
         if failure is None:
             self.admitted += pending
             return
@@ -232,13 +231,13 @@ class _Verification:
                 first = [g for g in pending if g not in suspects]
             else:
                 first, suspects = pending[: len(pending) // 2], pending[len(pending) // 2 :]
-            self._admit(first)
-            self._admit(suspects)
+            self._admit(first, inputs)
+            self._admit(suspects, inputs)
             return
         group = pending[0]
         if group.site == "norm":
             group.site = "input"
-            self._admit(pending)
+            self._admit(pending, inputs)
         else:
             group.frozen = failure.reason
 
