@@ -80,10 +80,11 @@ class DNALPruner(Pruner):
             raise DNALError(f"evaluator is a {type(evaluator).__name__}: pass one of NNI's evaluators")
         self._built = False
         try:
-            super().__init__(model, config_list, evaluator)
+            for_nni, self._beyond_nni = selection.split_config(model, config_list)
+            super().__init__(model, for_nni, evaluator)
         except (AssertionError, KeyError, SchemaError) as error:
             raise DNALError(f"NNI refuses the config_list: {str(error) or type(error).__name__}") from error
-        if not self._target_spaces:
+        if not self._target_spaces and not self._beyond_nni:
             raise DNALError("config_list selects no layer of the model: widen op_types / op_names, or exclude less")
         self.budget, self.preset, self.lambda_, self.verify_seconds = budget, preset, lambda_, verify_seconds
         self._dummy_input = dummy_input if dummy_input is not None else evaluator and evaluator.get_dummy_input()
@@ -133,7 +134,7 @@ class DNALPruner(Pruner):
             groups = find_groups(model, self._dummy_input)
         except FORWARD_ERRORS as error:
             raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
-        selected: dict[str, float | None] = {}
+        selected = dict(self._beyond_nni)
         for name, spaces in self._target_spaces.items():
             given = [space.sparse_ratio for space in spaces.values() if space.sparse_ratio is not None]
             selected[name] = min(given) if given else None

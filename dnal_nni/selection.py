@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+from nni.compression.base.setting import PruningSetting
 from torch import nn
 
 from .errors import DNALError
 from .gate import ChannelFactor
-from .graph import Conv, Norm
+from .graph import Norm
 from .groups import ChannelGroup
 
 HONOURED = {
@@ -48,7 +50,7 @@ def check_config(model: nn.Module, config_list: Any) -> None:
     if not isinstance(config_list, Sequence) or isinstance(config_list, str) or not config_list:
         raise DNALError(f"config_list={config_list!r}: give a list of dicts, for example [{{'op_types': ['Conv2d']}}]")
     names = {name for name, _ in model.named_modules()}
-    types = {type(module).__name__ for module in model.modules()}
+    types = {c.__name__ for module in model.modules() for c in type(module).__mro__}
     for i, config in enumerate(config_list):
         if not isinstance(config, Mapping):
             raise DNALError(f"config_list[{i}] is a {type(config).__name__}, not a dict")
@@ -74,6 +76,35 @@ def check_config(model: nn.Module, config_list: Any) -> None:
             raise DNALError(f"config_list[{i}]: sparse_ratio={ratio!r} must be a float in [0, 1)")
 
 
+def split_config(
+    model: nn.Module, config_list: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """The config for NNI, and what it selects among modules whose type NNI has no setting for (it refuses those).
+
+    A layer of a subclass, such as timm's ``Conv2dSame``, goes with the ``op_types`` that it is derived from. A module
+    derived from none of them, such as ``MultiheadAttention``, cannot be named by type: it goes with any of them.
+
+    Returns:
+        NNI's config_list, and the sparse_ratio (None: none given) by module name.
+    """
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    lineage = {type(m).__name__: [c.__name__ for c in type(m).__mro__] for m in owners}
+    strange = {name: line for name, line in lineage.items() if name not in PruningSetting.registry}
+    modules = dict(model.named_modules())
+    for_nni, found = [], {}
+    for config in trans_legacy_config_list([dict(config) for config in config_list]):
+        for_nni.append({**config, "exclude_op_types": [*config.get("exclude_op_types", ()), *strange]})
+        wide = dict(config)
+        for key in {"op_types", "exclude_op_types"} & set(config):
+            wide[key] = [*config[key], *(name for name, line in strange.items() if set(line) & set(config[key]))]
+        if "op_types" in config:
+            wide["op_types"] += [n for n, line in strange.items() if not set(line) & set(PruningSetting.registry)]
+        for name in select_modules_by_config(model, wide)[0]:
+            if type(modules[name]).__name__ in strange:
+                found[name] = config.get("sparse_ratio")
+    return for_nni, found
+
+
 def select(
     groups: Sequence[ChannelGroup], selected: Mapping[str, float | None], model: nn.Module
 ) -> dict[str, float]:
@@ -94,10 +125,8 @@ def select(
         if group.frozen is not None:
             continue
         through = [m.path for m in group.members if m.side == "both" and m.path in norms]
-        # a parameter that a forward reads itself goes with the layer that owns it. Other owners (MultiheadAttention)
-        # have no type in NNI, so no config can name them: they are open to a budget
-        owners = [p if p in modules else p.rpartition(".")[0] for p in group.producers]
-        producers = [p for p in owners if isinstance(modules[p], (Conv, nn.Linear))]
+        # a parameter that a forward reads itself goes with the module that owns it
+        producers = [p if p in modules else p.rpartition(".")[0] for p in group.producers]
         if all(p in selected for p in producers):
             layers = producers
         elif through and all(p in selected for p in through):

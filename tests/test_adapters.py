@@ -107,15 +107,30 @@ def test_a_network_with_heads_is_searched_and_cut() -> None:
     model, x = Encoder(batch_first=True), torch.randn(2, 3, 16, 16)
     config = [{"op_types": ["Conv2d", "Linear"]}]
     pruner = DNALPruner(model, config, dummy_input=x, budget=Budget(params=0.8))
-    assert {g.producers[0] for g in pruner.groups if g.frozen is None} == {"mlp.0", "attention.in_proj_weight"}
-    reasons = {g.producers[0]: g.frozen for g in pruner.groups}
-    assert reasons["patches"] == "config_list does not select attention.out_proj"  # NNI has no such layer type
+    cut = {g.producers[0] for g in pruner.groups if g.frozen is None}
+    assert cut == {"patches", "mlp.0", "attention.in_proj_weight"}
     with pruner.search(steps=10, progress=False) as search:
         for _ in range(10):
             search.step(model(x).square().mean())
     slim = pruner.speedup()
     assert torch.allclose(model.eval()(x), slim.eval()(x), atol=1e-5)
     assert pruner.report.after.params < 0.9 * pruner.report.before.params
+
+
+def test_layers_that_nni_has_no_setting_for_go_with_their_kind() -> None:
+    x = torch.randn(2, 3, 16, 16)
+
+    def reasons(**config: object) -> dict[str, str | None]:
+        pruner = DNALPruner(Mixed(), [config], dummy_input=x)  # type: ignore[list-item]
+        return {g.producers[0]: g.frozen for g in pruner.groups}
+
+    by_type = reasons(op_types=["Conv2d", "Linear"])
+    assert by_type["standard"] is None and by_type["encoder.attention.in_proj_weight"] is None
+    without = reasons(op_types=["Conv2d", "Linear"], exclude_op_names=["standard", "encoder.attention"])
+    assert without["standard"] == "config_list does not select standard"
+    assert without["encoder.attention.in_proj_weight"] == "config_list does not select encoder.attention"
+    assert reasons(op_names=["standard"])["standard"] is None
+    assert reasons(op_types=["Linear"])["standard"] == "config_list does not select standard"
 
 
 def test_a_stored_size_is_no_layer() -> None:
