@@ -415,14 +415,10 @@ def group_norm(run: Run) -> Callable[[Weights], None]:
     return regularise
 
 
-def searched(
-    run: Run, epochs: int, make: Callable[[Objective, Tensor, int], Scores] = Scores, frozen: bool = False
-) -> Generator[None, None, Outcome]:
-    """A search of some epochs; the weights learn in the same steps, in the learning-rate cycle of the fine-tuning."""
-    steps = epochs * run.per_epoch
-    start = yield from run.elsewhere(start_scores, run.state())
-    objective = copy.deepcopy(run.bench.objectives[run.job.model, run.job.budget])
-    scores = make(objective, start.to(run.net.device), steps)
+def gate_steps(
+    scores: Scores, steps: int
+) -> tuple[Tensor, Callable[[Tensor, Tensor], None], Callable[[], None]]:
+    """The gates of a search ``[units]``, their step behind a backward pass, and what fixes the structure."""
     s, delta = scores.gates(0)
     g = torch.sigmoid(delta * s).float()
 
@@ -438,6 +434,18 @@ def searched(
         s, delta = scores.gates(scores.moving)
         g.copy_(torch.sigmoid(delta * s))
 
+    return g, architecture, settle
+
+
+def searched(
+    run: Run, epochs: int, make: Callable[[Objective, Tensor, int], Scores] = Scores, frozen: bool = False
+) -> Generator[None, None, Outcome]:
+    """A search of some epochs; the weights learn in the same steps, in the learning-rate cycle of the fine-tuning."""
+    steps = epochs * run.per_epoch
+    start = yield from run.elsewhere(start_scores, run.state())
+    objective = copy.deepcopy(run.bench.objectives[run.job.model, run.job.budget])
+    scores = make(objective, start.to(run.net.device), steps)
+    g, architecture, settle = gate_steps(scores, steps)
     lr = run.cosine(run.args.lr, run.args.epochs)[:steps]
     between = (scores.moving, settle)
     yield from run.training(g, lr, 1, architecture=architecture, frozen=frozen, between=between).steps()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 peers = pytest.importorskip("peers")
@@ -30,21 +29,7 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
     weights = dict(peers.network(job).to(memory_format=torch.channels_last).state_dict())
     objective = peers.gated(peers.network(job), job.budget)._objective
     scores = peers.Scores(objective, peers.start_scores(job, state), STEPS)
-    s, delta = scores.gates(0)
-    g = torch.sigmoid(delta * s).float()
-
-    def architecture(g: Tensor, step: Tensor) -> None:
-        assert g.grad is not None
-        scores.update(g.grad, g, step - 1)
-        s, delta = scores.gates(step.clamp(max=STEPS - 1))
-        g.copy_(torch.sigmoid(delta * s))
-
-    @torch.no_grad()
-    def settle() -> None:
-        scores.settle()
-        s, delta = scores.gates(scores.moving)
-        g.copy_(torch.sigmoid(delta * s))
-
+    g, architecture, settle = peers.gate_steps(scores, STEPS)
     training = peers.Training(
         net, weights, g, data, BATCH, 7, [LR] * STEPS, architecture=architecture, between=(scores.moving, settle)
     )
