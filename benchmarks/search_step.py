@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from cifar_models import MODELS  # noqa: E402
+from cifar_models import MODELS
 
-from dnal_nni import Budget, DNALPruner  # noqa: E402
+from dnal_nni import Budget, DNALPruner
 
 
 def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -97,7 +97,7 @@ def main() -> None:
             # more steps than are taken: what the progress report costs is left out
             search = stack.enter_context(pruner.search(100_000, optimizer=optimizer, progress=False))
 
-            def searched(name=name, search=search) -> None:  # type: ignore[no-untyped-def]
+            def searched(name=name, search=search) -> None:
                 search.step(F.cross_entropy(models[name](images), labels))
 
             steps[name] = searched

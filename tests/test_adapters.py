@@ -23,7 +23,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, 24, 4, 4)
         self.norm1, self.norm2 = nn.LayerNorm(24), nn.LayerNorm(24)
-        self.attention = nn.MultiheadAttention(24, 4, **options)  # type: ignore[arg-type]
+        self.attention = nn.MultiheadAttention(24, 4, **options)
         self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
         self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 10)
 
@@ -60,7 +60,7 @@ def both_modes(model: nn.Module, x: Tensor) -> list[Tensor]:
         (lambda: torchvision.models.swin_v2_t(weights=None, num_classes=5), 72),
     ],
 )
-def test_replacements_compute_the_same(build, size: int) -> None:  # type: ignore[no-untyped-def]
+def test_replacements_compute_the_same(build, size: int) -> None:
     model = perturbed(build())
     adapted = copy.deepcopy(model)
     adapt(adapted, revertible=True)
@@ -95,8 +95,8 @@ def test_heads_go_as_a_whole() -> None:
     assert heads.channels == 4 and heads.frozen is None
     assert verify_and_freeze(model, groups, x, seconds=60) == 1
     slim = slim_copy(model, groups, {heads.name: torch.tensor([True, False, True, True])})
-    assert slim.attention.in_proj_weight.shape == (3 * 18, 24)  # type: ignore[union-attr]
-    assert slim.attention.num_heads == 3  # type: ignore[union-attr]
+    assert slim.attention.in_proj_weight.shape == (3 * 18, 24)
+    assert slim.attention.num_heads == 3
     pruner = DNALPruner(model, [{"op_types": ["Conv2d", "Linear"]}], dummy_input=x)
     pruner.unwrap_model()
     assert type(model.attention) is nn.MultiheadAttention
@@ -121,7 +121,7 @@ def test_layers_that_nni_has_no_setting_for_go_with_their_kind() -> None:
     x = torch.randn(2, 3, 16, 16)
 
     def reasons(**config: object) -> dict[str, str | None]:
-        pruner = DNALPruner(Mixed(), [config], dummy_input=x)  # type: ignore[list-item]
+        pruner = DNALPruner(Mixed(), [config], dummy_input=x)
         return {g.producers[0]: g.frozen for g in pruner.groups}
 
     by_type = reasons(op_types=["Conv2d", "Linear"])

@@ -41,7 +41,7 @@ def data(batch: int = 32) -> tuple[Tensor, Tensor]:
 
 def run(pruner: DNALPruner, model: nn.Module, steps: int, **kwargs: object) -> None:
     images, labels = data()
-    with pruner.search(steps, progress=False, **kwargs) as search:  # type: ignore[arg-type]
+    with pruner.search(steps, progress=False, **kwargs) as search:
         for _ in range(steps):
             search.step(F.cross_entropy(model(images), labels))
 

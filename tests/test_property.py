@@ -169,7 +169,7 @@ def closed_at_the_readers(net: nn.Module, groups: Sequence[ChannelGroup], keep: 
                 if isinstance(layer, nn.Linear):
                     layer.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
                 else:
-                    mask = mask.view(-1, *[1] * len(layer.kernel_size))  # type: ignore[arg-type]
+                    mask = mask.view(-1, *[1] * len(layer.kernel_size))
                     layer.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
     return net
 

@@ -26,7 +26,7 @@ def run(pruner: DNALPruner, model: nn.Module, batches: Batches, steps: int, **kw
 
 
 def evaluator(model: nn.Module, batches: Batches) -> TorchEvaluator:
-    def training(model, optimizer, training_step, scheduler, max_steps, max_epochs):  # type: ignore[no-untyped-def]
+    def training(model, optimizer, training_step, scheduler, max_steps, max_epochs):
         done = 0
         for _ in range(max_epochs or 1000):
             for batch in batches:

@@ -106,7 +106,7 @@ class FunctionalNorm(nn.Module):
         self.register_buffer("var", torch.rand(channels) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, self.training)  # type: ignore[arg-type]
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, self.training)
 
 
 class SqueezeExcite(nn.Module):
