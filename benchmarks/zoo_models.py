@@ -80,7 +80,7 @@ NOTES = """
     resnetv2_50 resnetv2_50x1_bit ghostnet_100 ghostnetv2_100 hardcorenas_a tf_efficientnet_lite0 repvgg_a0
     dla34 dla60_res2net hrnet_w18_small res2net50_26w_4s resnest14d eca_nfnet_l0 convmixer_768_32 mobilevit_xxs
     cspresnet50 dpn68 regnety_002 ecaresnet26t gcresnet33ts vovnet39a mixnet_s mobileone_s0 gernet_s fbnetc_100
-    convnextv2_atto starnet_s1 inception_next_atto tresnet_m tinynet_e legacy_xception densenetblur121d
+    convnextv2_atto starnet_s1@224 inception_next_atto tresnet_m tinynet_e legacy_xception densenetblur121d
     vit_tiny_patch16_224:64 nf_resnet26 edgenext_xx_small mobilevitv2_050 cspdarknet53 cs3darknet_m skresnet18
     seresnet18 xception41 ese_vovnet19b_dw rexnet_100 fastvit_t8 lcnet_050 mobilenetv4_conv_small hgnetv2_b0
     poolformer_s12 selecsls42b repghostnet_050 efficientnet_es mixer_s32_224:64 darknet53 resnet50d
@@ -89,12 +89,12 @@ NOTES = """
 FAMILIES = """
     beit_base_patch16_224:64 halonet_h1@256 cait_xxs24_224:64 coat_tiny:64 convit_tiny:64 cpubone_nano
     crossvit_tiny_240@240 csatv2 cspnext_tiny davit_tiny deit_tiny_patch16_224:64 efficientformer_l1@224
-    efficientformerv2_s0:64 efficientvim_m1 efficientvit_b0 efficientvit_m0:64 eva02_tiny_patch14_224:64
+    efficientformerv2_s0:64 efficientvim_m1 efficientvit_b0 efficientvit_m0:224 eva02_tiny_patch14_224:64
     fasternet_t0 focalnet_tiny_srf gcvit_xxtiny:64 hiera_tiny_224:64 hieradet_small iformer_t
-    inception_resnet_v2@160 inception_v3@160 lcnetv2_small levit_128s:64 lowformer_b0 mambaout_femto
+    inception_resnet_v2@160 inception_v3@160 lcnetv2_small levit_128s:224 lowformer_b0 mambaout_femto
     maxvit_pico_rw_256:64 mobilenetv5_base mvitv2_tiny:64 naflexvit_base_patch16_gap nasnetalarge nest_tiny:64
     nextvit_small pit_ti_224:64 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny repvit_m0_9 legacy_seresnet18
-    sequencer2d_s:64 shvit_s1 swiftformer_xs:64 swin_tiny_patch4_window7_224:64 swinv2_tiny_window8_256:64
+    sequencer2d_s:64 shvit_s1@224 swiftformer_xs:64 swin_tiny_patch4_window7_224:64 swinv2_tiny_window8_256:64
     swinv2_cr_tiny_224:64 tiny_vit_5m_224 tnt_s_patch16_224:64 twins_svt_small:64 vgg11_bn visformer_tiny:64
     vit_tiny_r_s16_p8_224:64 vit_srelpos_small_patch16_224:64 samvit_base_patch16_224:64 vitamin_small_224:64
     volo_d1_224:64 xcit_nano_12_p16_224:64
@@ -103,7 +103,7 @@ VARIANTS = """
     botnet26t_256:64 lambda_resnet26t sehalonet33ts@256 bat_resnext26ts@256 eca_resnext26ts gcresnext26ts
     regnetz_b16 coat_lite_tiny:64 convnext_atto deit3_small_patch16_224:64 efficientnet_b0_gn
     efficientnet_cc_b0_4e efficientnetv2_rw_t mobilenetv2_035 spnasnet_100 efficientvit_l1 ghostnetv3_050
-    hgnet_tiny levit_conv_128s:64 coatnet_pico_rw_224:64 maxxvitv2_nano_rw_256:64 caformer_s18 convformer_s18
+    hgnet_tiny levit_conv_128s:224 coatnet_pico_rw_224:64 maxxvitv2_nano_rw_256:64 caformer_s18 convformer_s18
     poolformerv2_s12 gmlp_ti16_224:64 resmlp_12_224:64 fbnetv3_b mobilenetv3_small_050 mobilenetv4_hybrid_medium
     dm_nfnet_f0 nf_regnet_b0 regnetv_040 regnetx_002 res2next50 resnet26d resnetblur18 resnetrs50
     seresnext26t_32x4d rexnetr_100 twins_pcpvt_small:64

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import DNALError
 from .gate import ScaledSigmoidGate
 from .graph import FORWARD_ERRORS, Norm, call, clone, flatten_tensors, seeded
 from .groups import ChannelGroup
@@ -20,17 +21,25 @@ from .slim import Keep, slim_copy
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|."""
 
+VALUES = 16  # that a batch norm averages over, at least, where sliced and gated are compared
+
 _Dropout = nn.modules.dropout._DropoutNd
 
 
-def example_like(dummy_input: Any, dtype: torch.dtype) -> Any:
-    """Standard normal data in the form of ``dummy_input``, floating tensors in ``dtype``, a batch of one made three."""
+def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1) -> Any:
+    """Standard normal data in the form of ``dummy_input``, floating tensors in ``dtype``, a batch of one made three.
+
+    Args:
+        dummy_input: a tensor, or tensors in lists, tuples and dicts.
+        dtype: of the result.
+        times: how many times as large a batch.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def convert(x: Any) -> Any:
         if isinstance(x, Tensor):
-            if x.dim() > 1 and x.shape[0] == 1:
-                x = torch.cat([x] * 3)  # batch statistics of two values are ill-conditioned
+            if x.dim() > 1:
+                x = torch.cat([x] * (max(3, times) if x.shape[0] == 1 else times))
             if not x.is_floating_point():
                 return x
             return torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device)
@@ -87,6 +96,34 @@ def difference(
             absolute = max(absolute, gap)
             relative = max(relative, gap / max(float(a.abs().max()), 1e-12))
     return absolute, relative
+
+
+def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[float, float]:
+    """Compare a cut network with the hard-gated one, in eval and train mode; both stay as they are.
+
+    Returns:
+        the largest difference in the model's own dtype, and the same relative to the largest output, in float64 where
+        the model runs in it.
+
+    Raises:
+        DNALError: the cut network does not run, or computes something else.
+    """
+    native = next(p.dtype for p in gated.parameters() if p.is_floating_point())
+    checks: dict[torch.dtype, tuple[float, float]] = {}
+    for dtype in dict.fromkeys((native, torch.float64)):
+        try:
+            pair = clone(gated).to(dtype), clone(slim).to(dtype)
+            checks[dtype] = difference(*pair, conditioned_example(pair[0], dummy_input, dtype))
+        except FORWARD_ERRORS as error:
+            if dtype is native:
+                raise DNALError(f"the cut model does not run: {str(error).splitlines()[0]}") from error
+    best = torch.float64 if torch.float64 in checks else native
+    if not checks[best][1] <= TOLERANCE.get(best, 5e-2):
+        raise DNALError(
+            f"the cut model differs from the gated one by {checks[best][1]:.1e} of its output (in {best}): please "
+            "report the model; leaving layers out narrows it down"
+        )
+    return checks[native][0], checks[best][1]
 
 
 def _outputs(
@@ -313,8 +350,42 @@ def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, list[Any
         trial = _perturbed(model, dtype)
         full = example_like(dummy_input, dtype)
         other = _other_size(full)
-        if other is not None and _runs(trial, other):
-            return trial, [full, other]
-        if _runs(trial, full):
-            return trial, [full]
+        fewest = None if other is None else _fewest_values(trial, other)
+        inputs = [full] if fewest is None else [full, other]
+        if fewest is None or other.numel() > full.numel():
+            fewest = _fewest_values(trial, full)
+        if fewest is not None:
+            return trial, _conditioned(trial, inputs, fewest)
     return trial, [dummy_input]
+
+
+def conditioned_example(model: nn.Module, dummy_input: Any, dtype: torch.dtype) -> Any:
+    """:func:`example_like` with a batch so large that every batch norm of ``model`` averages over 16 values or more.
+
+    The statistics of two or three values magnify rounding by many powers of ten. ``model`` is in ``dtype``.
+    """
+    example = example_like(dummy_input, dtype)
+    return _conditioned(model, [example], _fewest_values(model, example) or VALUES)[0]
+
+
+def _conditioned(model: nn.Module, inputs: list[Any], fewest: int) -> list[Any]:
+    if fewest >= VALUES:
+        return inputs
+    dtype = next(t.dtype for x in inputs for t in flatten_tensors(x) if t.is_floating_point())
+    larger = [example_like(x, dtype, -(-VALUES // max(1, fewest))) for x in inputs]
+    return larger if all(_runs(model, x) for x in larger) else inputs
+
+
+def _fewest_values(model: nn.Module, inputs: Any) -> int | None:
+    """How many values a batch norm averages over, at least; None: the model does not take this input."""
+    fewest = VALUES
+    model = clone(model)
+
+    def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal fewest
+        fewest = min(fewest, args[0].numel() // args[0].shape[1])
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(look)
+    return fewest if _runs(model, inputs) else None
