@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .cost import Complexity as Complexity
     from .cost import measure as measure
     from .errors import DNALError as DNALError
+    from .masks import speedup as speedup
     from .pruner import DNALPruner as DNALPruner
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOME = {
     "measure": "cost",
     "register_adapter": "adapters",
     "save_compressed": "checkpoint",
+    "speedup": "masks",
 }
 __all__ = list(_HOME)
 

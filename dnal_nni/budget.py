@@ -57,16 +57,44 @@ class Budget:
         return value / whole if value > 1 else value
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How many units of each group a search may leave: at least ``least`` and at most ``most``, each ``[groups]``."""
+
+    least: Sequence[int]
+    most: Sequence[int]
+
+    @classmethod
+    def none(cls, sizes: Sequence[int]) -> Limits:
+        """No limits but that one unit stays."""
+        return cls([1] * len(sizes), list(sizes))
+
+
 class Objective:
-    """Costs relative to the dense network that a search holds to targets: one for a budget, one a group for ratios.
+    """Costs relative to the dense network that a search holds to targets: one for a budget, one a pool for ratios.
+
+    Args:
+        cost: of the network.
+        budget: what it may cost; None: ``kept`` rules.
+        limits: of each group.
+        kept: the number of units to keep in each pool, ``[pools]``.
+        pools: the pool that each group belongs to, ``[groups]``.
 
     Attributes:
         targets: float64 ``[k]``.
         owner: int64 ``[units]``: the target that each unit's price belongs to.
+        pool_sizes: int64 ``[k]``: units per target.
     """
 
-    def __init__(self, cost: CostModel, budget: Budget | None, ratios: Sequence[float] | None = None) -> None:
-        self.cost, self.budget = cost, budget
+    def __init__(
+        self,
+        cost: CostModel,
+        budget: Budget | None,
+        limits: Limits,
+        kept: Sequence[int] = (),
+        pools: Sequence[int] = (),
+    ) -> None:
+        self.cost, self.budget, self.limits = cost, budget, limits
         self.sizes = cost.sizes
         self.group_of = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
         if budget is not None:
@@ -74,32 +102,35 @@ class Objective:
             self.owner = torch.zeros_like(self.group_of)
             self._check_reachable()
         else:
-            assert ratios is not None
-            sizes = torch.tensor(self.sizes, dtype=torch.float64)
-            # as many units as the ratio says, to the nearest, at least one
-            kept = ((1 - torch.tensor(ratios, dtype=torch.float64)) * sizes).round().clamp(min=1)
-            self.targets, self.owner = kept / sizes, self.group_of
+            self.owner = torch.tensor(pools)[self.group_of]
+            self.targets = torch.tensor(kept, dtype=torch.float64) / self.owner.bincount()
+        self.pool_sizes = self.owner.bincount()
 
     def to(self, device: torch.device | str) -> Objective:
         """Move to a device, in place."""
         self.cost.to(device)
-        self.group_of, self.targets, self.owner = (t.to(device) for t in (self.group_of, self.targets, self.owner))
+        for name in ("group_of", "targets", "owner", "pool_sizes"):
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
     def relative(self, g: Tensor) -> Tensor:
         """Cost ``[..., k]`` at gates ``g`` (float ``[..., units]``), as fractions of the dense one."""
         if self.budget is None:
-            return torch.stack([part.mean(-1) for part in g.split(self.sizes, -1)], -1)
+            open_units = g.new_zeros(*g.shape[:-1], len(self.targets)).index_add(-1, self.owner, g)
+            return open_units / self.pool_sizes
         spent = getattr(self.cost, self.budget.kind)(g)
         return (spent / getattr(self.cost.dense, self.budget.kind)).unsqueeze(-1)
 
     def floor(self) -> list[int]:
         """Units of each group held open while searching: no group may close whole, or collapse."""
         if self.budget is None:
-            return [1] * len(self.sizes)
+            return list(self.limits.least)
         fraction = float(self.targets[0])
         while True:
-            floor = [max(1, math.ceil(fraction * size)) for size in self.sizes]
+            floor = [
+                min(most, max(least, math.ceil(fraction * size)))
+                for size, least, most in zip(self.sizes, self.limits.least, self.limits.most)
+            ]
             least = torch.cat([(torch.arange(s) < f).double() for s, f in zip(self.sizes, floor)])
             # leave room: with every group at its floor there would be nothing left to learn
             if float(self.relative(least)[0]) <= 0.8 * float(self.targets[0]) or fraction < 1e-3:
@@ -108,35 +139,44 @@ class Objective:
 
     def _check_reachable(self) -> None:
         assert self.budget is not None
-        least = torch.cat([(torch.arange(size) < 1).double() for size in self.sizes])
-        lowest = float(self.relative(least)[0])
-        target = float(self.targets[0])
+        kind, target = self.budget.kind, float(self.targets[0])
+        lowest, highest = (
+            float(self.relative(first_ranks(self.sizes, counts).double())[0])
+            for counts in (self.limits.least, self.limits.most)
+        )
         if lowest > target:
+            left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio keeps"
             raise DNALError(
-                f"Budget({self.budget.kind}={target:.3g}) cannot be reached: with one unit left in each of the "
-                f"{len(self.sizes)} channel groups that may be cut, {lowest:.3g} of the {self.budget.kind} remain; "
-                "raise the budget or exclude fewer layers"
+                f"Budget({kind}={target:.3g}) cannot be reached: with {left} in each of the {len(self.sizes)} channel "
+                f"groups that may be cut, {lowest:.3g} of the {kind} remain; raise the budget or exclude fewer layers"
+            )
+        if highest < 0.99 * target:
+            raise DNALError(
+                f"Budget({kind}={target:.3g}) is more than min_sparse_ratio leaves ({highest:.3g} of the {kind}): "
+                "lower the budget or min_sparse_ratio"
             )
 
 
-def held_open(score: Tensor, group_of: Tensor, within: Tensor) -> Tensor:
-    """bool ``[units]``: the best-scored units of every group, as many as :func:`floor_ranks` of it says."""
+def best_of_group(score: Tensor, group_of: Tensor, ranks: Tensor) -> Tensor:
+    """bool ``[..., units]``: the best-scored units of every group, as many as ``ranks`` (:func:`first_ranks`) says."""
     order = score.argsort(descending=True, stable=True)
     order = order[group_of[order].argsort(stable=True)]  # best first, group by group
-    return torch.zeros_like(within).scatter(0, order, within)
+    return torch.zeros_like(ranks).scatter(-1, order.expand_as(ranks), ranks)
 
 
-def floor_ranks(sizes: Sequence[int], floor: Sequence[int]) -> Tensor:
-    """bool ``[units]``: true for the first ``floor`` ranks of each group."""
-    return torch.cat([torch.arange(size) < least for size, least in zip(sizes, floor)])
+def first_ranks(sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """bool ``[units]``: true for the first ``counts`` ranks of each group."""
+    return torch.cat([torch.arange(size) < count for size, count in zip(sizes, counts)])
 
 
-def price(objective: Objective, score: Tensor, delta: Tensor, held: Tensor, targets: Tensor) -> Tensor:
+def price(
+    objective: Objective, score: Tensor, delta: Tensor, held: Tensor, allowed: Tensor, targets: Tensor
+) -> Tensor:
     """The price per target at which ``sigmoid(delta * (score - price))`` costs ``targets``, without a host sync.
 
     The cost falls as the price rises, so a bracket is narrowed: 32 prices at a time (one pass over the cost model), to
-    1 / 31 ** 5 of its width. Units in ``held`` stay open whatever the price. Shapes: score, held ``[units]``; targets
-    and the result ``[k]``.
+    1 / 31 ** 5 of its width. Units in ``held`` stay open whatever the price, those not in ``allowed`` closed. Shapes:
+    score, held, allowed ``[units]``; targets and the result ``[k]``.
     """
     reach = 30.0 / delta
     low = (score.min() - reach).expand_as(targets)
@@ -144,15 +184,15 @@ def price(objective: Objective, score: Tensor, delta: Tensor, held: Tensor, targ
     fractions = torch.linspace(0, 1, 32, dtype=score.dtype, device=score.device).unsqueeze(1)
     for _ in range(5):
         trial = low + (high - low) * fractions  # [32, k]
-        cost = objective.relative(gates(score - trial.index_select(1, objective.owner), delta, held))
+        cost = objective.relative(gates(score - trial.index_select(1, objective.owner), delta, held, allowed))
         dear = (cost > targets).sum(0, keepdim=True).clamp(1, 31)
         low, high = trial.gather(0, dear - 1)[0], trial.gather(0, dear)[0]
     return high
 
 
-def gates(s: Tensor, delta: Tensor, held: Tensor) -> Tensor:
-    """``sigmoid(delta * s)``, 1 where held open."""
-    return torch.where(held, torch.ones_like(s), torch.sigmoid(delta * s))
+def gates(s: Tensor, delta: Tensor, held: Tensor, allowed: Tensor) -> Tensor:
+    """``sigmoid(delta * s)``, 1 where held open, 0 where not allowed to be."""
+    return torch.where(held, torch.ones_like(s), torch.sigmoid(delta * s)) * allowed
 
 
 def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
@@ -166,20 +206,22 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     """
     s = s.detach().double().cpu()
     objective.to("cpu")
-    keep = held_open(s, objective.group_of, floor_ranks(objective.sizes, floor))
+    keep = best_of_group(s, objective.group_of, first_ranks(objective.sizes, floor))
+    allowed = best_of_group(s, objective.group_of, first_ranks(objective.sizes, objective.limits.most))
+    ranked = [i for i in torch.argsort(s, descending=True, stable=True).tolist() if allowed[i] and not keep[i]]
     if objective.budget is None:
-        for i, part in enumerate(s.split(objective.sizes)):
-            best = part.topk(round(float(objective.targets[i]) * len(part))).indices
-            start = sum(objective.sizes[:i])
-            keep[start : start + len(part)] = False
-            keep[start + best] = True
+        room = (objective.targets * objective.pool_sizes).round().long()
+        room -= torch.zeros_like(room).index_add(0, objective.owner, keep.long())
+        for unit in ranked:
+            if room[objective.owner[unit]] > 0:
+                keep[unit] = True
+                room[objective.owner[unit]] -= 1
         return keep
     limit = float(objective.targets[0]) if target is None else target
 
     def spent(mask: Tensor) -> float:
         return float(objective.relative(mask.double())[0])
 
-    ranked = [i for i in torch.argsort(s, descending=True, stable=True).tolist() if not keep[i]]
     low, high = 0, len(ranked)
     while low < high:  # the most units that fit
         middle = (low + high + 1) // 2

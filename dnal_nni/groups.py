@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import adapt
-from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, clone, seeded, varying_axes
+from .errors import DNALError
+from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, call, clone, seeded, varying_axes
 from .trace import Trace
 
 Site = Literal["norm", "input"]
@@ -144,6 +145,20 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
         if names.count(group.name) > 1:
             group.name = f"{group.name}[{_first_channel(group)}:]"
     return groups
+
+
+def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
+    """:func:`find_groups` for a user's model and input: a :class:`DNALError` says what is wrong with them."""
+    try:
+        with torch.no_grad():
+            call(clone(model).eval(), dummy_input)
+    except FORWARD_ERRORS as error:
+        what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
+        raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
+    try:
+        return find_groups(model, dummy_input)
+    except FORWARD_ERRORS as error:
+        raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
 
 
 def _first_channel(group: ChannelGroup) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import adapt, restore
-from .gate import AffineGate, InputGate, ScaledSigmoidGate, StatisticsGate
+from .errors import DNALError
+from .gate import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate
 from .graph import masked_statistics
 from .groups import ChannelGroup, Member
 
@@ -27,6 +28,24 @@ def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _mask_statistics(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     gated: Tensor = getattr(module, _STATISTICS_GATE)(module, args[0], output)
     return gated
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise where a model cannot be given gates, or cut."""
+    if not isinstance(model, nn.Module):
+        raise DNALError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise DNALError("the model has no parameters: there is nothing to prune")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module, and wrap it afterwards")
+    for name, module in model.named_modules():
+        if hasattr(module, "_nni_wrapper"):
+            raise DNALError(f"{name} is already wrapped by another NNI compressor: call its unwrap_model() first")
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether gates are attached."""
+    return any(isinstance(module, ChannelFactor) for module in model.modules())
 
 
 def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
@@ -83,7 +102,7 @@ def _index(sources: Sequence[tuple[Member, ScaledSigmoidGate]]) -> tuple[list[Sc
 def detach(model: nn.Module) -> None:
     """Take every gate off. What the gates did is not folded in: the model computes its ungated function again."""
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module) and _is_gated(module):
+        if parametrize.is_parametrized(module) and _norm_is_gated(module):
             # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
             parametrizations = module._modules.pop("parametrizations")
             module.__class__ = type(module).__bases__[0]
@@ -100,5 +119,5 @@ def detach(model: nn.Module) -> None:
     restore(model)
 
 
-def _is_gated(module: nn.Module) -> bool:
+def _norm_is_gated(module: nn.Module) -> bool:
     return any(isinstance(child, AffineGate) for child in module.parametrizations.modules())  # type: ignore[union-attr]

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn
 
-import numpy as np
 import torch
-from nni.compression import TorchEvaluator
-from nni.compression.base.compressor import Pruner
+from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
 from . import selection
-from .budget import Budget, Objective, exact_cut
+from .budget import Budget, Limits, Objective, exact_cut
 from .cost import CostModel, measure
 from .errors import DNALError
+from .evaluators import check_evaluator, example_input, patch_steps, ready, steps_per_epoch
 from .gate import GateState, ScaledSigmoidGate
-from .graph import FORWARD_ERRORS, Norm, call, clone
-from .groups import ChannelGroup, find_groups
-from .inject import attach, detach
+from .groups import ChannelGroup, groups_of
+from .inject import attach, check_model, detach, is_gated
+from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
 from .report import GroupReport, Report
 from .search import PAPER_THRESHOLD, Search
 from .slim import slim_copy
-from .verify import TOLERANCE, difference, example_like, verify_and_freeze
-
-Masks = dict[str, dict[str, Tensor]]
+from .verify import check_equal, verify_and_freeze
 
 
 class DNALPruner(Pruner):
@@ -40,7 +35,9 @@ class DNALPruner(Pruner):
     Args:
         model: the trained network; gates are attached to it in place, its parameters stay the same objects.
         config_list: NNI's own schema. Selects layers by ``op_types``, ``op_names``, ``op_names_re`` and ``exclude_*``;
-            ``sparse_ratio`` (fraction of channels to remove) rules where no ``budget`` is given.
+            ``sparse_ratio`` (fraction of channels to remove) or ``sparse_threshold`` (gates below it close) rule where
+            no ``budget`` is given; ``max_sparse_ratio`` and ``min_sparse_ratio`` limit each group in any case. Their
+            meaning for coupled layers: docs/from-nni.md.
         evaluator: NNI's evaluator, needed for :meth:`compress` only.
         dummy_input: a tensor, a tuple of positional arguments or a dict of keyword arguments; by default the
             evaluator's. FLOPs are counted for it.
@@ -49,7 +46,11 @@ class DNALPruner(Pruner):
         preset: "default", or "paper" for the equations and the schedule of arXiv 2103.02126; with a budget, the
             paper's search is cut to that budget.
         lambda_: weight of the paper's regulariser ``sum sigmoid(s)``.
+        arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
+            score over the whole search (scores start at 1 on average); None is 1. In the paper's, the learning rate of
+            SGD on ``s``; None is 0.01.
         verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then are left whole.
+        existed_wrappers: NNI's wrappers of another compressor; given by :meth:`from_compressor`.
 
     Raises:
         DNALError: for anything the caller can mend; the model is then as it was.
@@ -65,29 +66,34 @@ class DNALPruner(Pruner):
         budget: Budget | None = None,
         preset: Literal["default", "paper"] = "default",
         lambda_: float = 1e-4,
+        arch_lr: float | None = None,
         verify_seconds: float = 60.0,
         existed_wrappers: dict[str, Any] | None = None,
     ) -> None:
-        if existed_wrappers:
-            raise DNALError("DNALPruner.from_compressor is not supported yet: use DNALPruner on the unwrapped model")
         if preset not in ("default", "paper"):
             raise DNALError(f"preset={preset!r}: choose 'default' or 'paper'")
+        if arch_lr is not None and not 0 <= arch_lr < float("inf"):
+            raise DNALError(f"arch_lr={arch_lr!r}: must be a number >= 0, or None for the preset's own")
         if budget is not None and not isinstance(budget, Budget):
             raise DNALError(f"budget={budget!r}: pass a Budget, for example Budget(flops=0.5)")
-        selection.check_model(model)
+        check_model(model)
+        if is_gated(model):
+            raise DNALError("the model already has gates of another DNALPruner: call its unwrap_model() first")
         selection.check_config(model, config_list)
-        if evaluator is not None and not isinstance(evaluator, Evaluator):
-            raise DNALError(f"evaluator is a {type(evaluator).__name__}: pass one of NNI's evaluators")
+        if evaluator is not None:
+            check_evaluator(evaluator, model)
+        self._inherited: dict[str, Any] | None = None  # no wrapping yet
         self._built = False
+        for_nni, self._selected = selection.split_config(model, config_list)
         try:
-            for_nni, self._beyond_nni = selection.split_config(model, config_list)
             super().__init__(model, for_nni, evaluator)
         except (AssertionError, KeyError, SchemaError) as error:
             raise DNALError(f"NNI refuses the config_list: {str(error) or type(error).__name__}") from error
-        if not self._target_spaces and not self._beyond_nni:
+        if not self._selected:
             raise DNALError("config_list selects no layer of the model: widen op_types / op_names, or exclude less")
         self.budget, self.preset, self.lambda_, self.verify_seconds = budget, preset, lambda_, verify_seconds
-        self._dummy_input = dummy_input if dummy_input is not None else evaluator and evaluator.get_dummy_input()
+        self.arch_lr = arch_lr
+        self._dummy_input = dummy_input if dummy_input is not None else evaluator and example_input(evaluator)
         self._groups: list[ChannelGroup] = []
         self._gates: OrderedDict[str, ScaledSigmoidGate] = OrderedDict()
         self._keep: dict[str, Tensor] | None = None
@@ -95,24 +101,59 @@ class DNALPruner(Pruner):
         self._resume: dict[str, Any] | None = None
         self._report: Report | None = None
         self._seconds: dict[str, float] = {}
+        # NNI's own wrappers of our layers only hold masks and are never put on the model, by nobody
+        self._module_wrappers = self._inherited = dict(existed_wrappers or {})
+        self._is_wrapped = False
         if self._dummy_input is not None:
             self._build()
+        self.wrap_model()
+
+    @classmethod
+    def from_compressor(
+        cls, compressor: Compressor, new_config_list: list[dict[str, Any]], *args: Any, **kwargs: Any
+    ) -> DNALPruner:
+        """A pruner of the model that ``compressor`` (such as a distiller) holds, with its evaluator.
+
+        ``compress`` then runs both in one training; arguments as in the constructor.
+        """
+        pruner: DNALPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
+        return pruner
 
     # -- gates on and off ---------------------------------------------------------------------------------------------
 
     def wrap_model(self) -> None:
-        """Attach the gates. NNI's own wrappers are never put on the model: they only hold the masks."""
+        """Attach the gates, and NNI's wrappers of the compressors that this one was made from."""
+        if self._inherited is None or self._is_wrapped:
+            return
+        for wrapper in self._inherited.values():
+            wrapper.wrap()
         self._is_wrapped = True
         if self._built:
             attach(self.bound_model, self._groups, self._gates)
 
     def unwrap_model(self) -> None:
         """Take the gates off and undo what searches changed: the dense model as it was, with the same parameters."""
-        if self._built and self._is_wrapped:
+        if not self._is_wrapped:
+            return
+        if self._built:
             detach(self.bound_model)
             if self._search is not None:
                 self._search.restore()
+        for wrapper in self._inherited.values() if self._inherited else ():
+            wrapper.unwrap()
         self._is_wrapped = False
+
+    @contextlib.contextmanager
+    def _without_wrappers(self) -> Iterator[nn.Module]:
+        """The model without NNI's wrappers of any compressor (a wrapped model cannot be copied); gates stay on."""
+        wrappers = [m._nni_wrapper for m in self.bound_model.modules() if hasattr(m, "_nni_wrapper")]
+        for wrapper in wrappers:
+            wrapper.unwrap()
+        try:
+            yield self.bound_model
+        finally:
+            for wrapper in wrappers:
+                wrapper.wrap()
 
     def _build(self) -> None:
         """Find, select and verify the groups, count the cost, attach the gates; the model is touched last."""
@@ -123,34 +164,19 @@ class DNALPruner(Pruner):
                 "a dummy input is needed to trace the model: DNALPruner(..., dummy_input=x), or an evaluator with one"
             )
         start = time.perf_counter()
-        model = self.bound_model
-        try:
-            with torch.no_grad():
-                call(clone(model).eval(), self._dummy_input)
-        except FORWARD_ERRORS as error:
-            what = f" of shape {tuple(self._dummy_input.shape)}" if isinstance(self._dummy_input, Tensor) else ""
-            raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
-        try:
-            groups = find_groups(model, self._dummy_input)
-        except FORWARD_ERRORS as error:
-            raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
-        selected = dict(self._beyond_nni)
-        for name, spaces in self._target_spaces.items():
-            given = [space.sparse_ratio for space in spaces.values() if space.sparse_ratio is not None]
-            selected[name] = min(given) if given else None
-        ratios = selection.select(groups, selected, model)
-        verify_and_freeze(model, groups, self._dummy_input, self.verify_seconds)
-        active = [g for g in groups if g.frozen is None]
-        if not active:
-            reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5]) or "it has no convolution or linear layer"
-            raise DNALError(f"nothing in the model can be pruned ({reasons})")
-        cost = CostModel(model, groups, self._dummy_input)
-        self._objective: Objective | None = None
-        if self.budget is not None:
-            self._objective = Objective(cost, self.budget)
-        elif any(ratio is not None for ratio in selected.values()):
-            self._objective = Objective(cost, None, [ratios[g.name] for g in active])
-        self._cost = cost
+        with self._without_wrappers() as model:
+            groups = groups_of(model, self._dummy_input)
+            settings = selection.select(groups, self._selected, model)
+            verify_and_freeze(model, groups, self._dummy_input, self.verify_seconds)
+            active = [g for g in groups if g.frozen is None]
+            if not active:
+                reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
+                reasons = reasons or "it has no convolution or linear layer"
+                raise DNALError(f"nothing in the model can be pruned ({reasons})")
+            self._cost = CostModel(model, groups, self._dummy_input)
+        self._settings = [settings[g.name] for g in active]
+        self._limits = selection.limits(self._settings, self._cost.sizes)
+        self._objective = self._make_objective(self._limits)
         self._groups = groups
         device = next(model.parameters()).device
         for group in active:
@@ -159,6 +185,18 @@ class DNALPruner(Pruner):
         if self._is_wrapped:
             attach(model, groups, self._gates)
         self._seconds["build"] = time.perf_counter() - start
+
+    def _make_objective(self, limits: Limits) -> Objective | None:
+        """What the search is held to: the budget, or the config's ratios, or nothing but lambda."""
+        thresholds = any(setting.sparse_threshold is not None for setting in self._settings)
+        ratios = any(setting.sparse_ratio is not None for setting in self._settings)
+        if thresholds and (ratios or self.budget is not None):
+            raise DNALError("sparse_threshold goes with neither a budget nor a sparse_ratio: a threshold sets no size")
+        if self.budget is not None:
+            return Objective(self._cost, self.budget, limits)
+        if ratios:
+            return Objective(self._cost, None, limits, *selection.pools(self._settings, self._cost.sizes, limits))
+        return None
 
     @property
     def groups(self) -> list[ChannelGroup]:
@@ -178,7 +216,9 @@ class DNALPruner(Pruner):
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
-    def _new_search(self, steps: int, optimizer: torch.optim.Optimizer | None, progress: bool) -> Search:
+    def _new_search(
+        self, steps: int, optimizer: torch.optim.Optimizer | None, weights_learn: bool, progress: bool
+    ) -> Search:
         self._build()
         if not self._is_wrapped:
             raise DNALError("the gates were taken off with unwrap_model(): call wrap_model() ahead of a search")
@@ -193,7 +233,9 @@ class DNALPruner(Pruner):
             steps=steps,
             objective=None if self.preset == "paper" else self._objective,
             lambda_=self.lambda_,
+            arch_lr=self.arch_lr,
             optimizer=optimizer,
+            weights_learn=weights_learn,
             progress=progress,
         )
         if self._search is not None:
@@ -216,11 +258,15 @@ class DNALPruner(Pruner):
             progress: show a progress bar.
         """
         start = time.perf_counter()
-        with self._new_search(steps, optimizer, progress) as search:
+        with self._new_search(steps, optimizer, optimizer is not None, progress) as search:
             yield search
         self._seconds["search"] = time.perf_counter() - start
 
-    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
+    # -- NNI's contract -----------------------------------------------------------------------------------------------
+
+    def compress(
+        self, max_steps: int | None = None, max_epochs: int | None = None
+    ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         """Search by means of the evaluator's training function; NNI's contract.
 
         Args:
@@ -235,84 +281,99 @@ class DNALPruner(Pruner):
         return model, masks
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        evaluator = self.evaluator
-        if evaluator is None:
+        self._fusion_compress(max_steps, max_epochs)
+
+    def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if self.evaluator is None:
             raise DNALError("compress() needs an evaluator: DNALPruner(model, config_list, evaluator), or use search()")
-        if not isinstance(evaluator, TorchEvaluator):
-            raise DNALError(f"compress() supports NNI's TorchEvaluator, not {type(evaluator).__name__}; use search()")
         if (max_steps is None) == (max_epochs is None):
             raise DNALError("compress() needs exactly one of max_steps and max_epochs")
         self._build()
-        start = time.perf_counter()
-        names = self._get_param_names_map()
-        steps = max_steps if max_steps is not None else self._count_steps(evaluator, names) * (max_epochs or 0)
-        evaluator.bind_model(self.bound_model, names)
         try:
-            paper = self.preset == "paper" or self._objective is None
-            assert evaluator._optimizers is not None
-            search = self._new_search(steps, None if paper else evaluator._optimizers[0], progress=True)
-            with search:
-                evaluator.patch_loss(lambda loss, batch: search.penalised(loss))
-                evaluator.patch_optimizer_step([search.before_optimizer_step], [search.after_optimizer_step])
-                evaluator.train(max_steps, max_epochs)
-        finally:
-            evaluator.unbind_model()
-        self._seconds["search"] = time.perf_counter() - start
-        self.harden()
-
-    def _count_steps(self, evaluator: TorchEvaluator, names: dict[str, str]) -> int:
-        """Optimizer steps of one epoch of the user's training function, without a forward or backward pass of ours."""
-        steps = 0
-        zero = torch.zeros((), requires_grad=True)
-        form: list[Any] = []
-        original = evaluator._training_step
-
-        def count() -> None:
-            nonlocal steps
-            steps += 1
-
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            if not form:  # once, on a copy of the model: what the step returns
-                copies = [copy.deepcopy(a) if a is self.bound_model else a for a in args]
-                named = {k: copy.deepcopy(v) if v is self.bound_model else v for k, v in kwargs.items()}
-                with torch.no_grad():
-                    form.append(original(*copies, **named))
-            loss = zero * 1
-            if isinstance(form[0], Mapping):
-                return {**form[0], "loss": loss}
-            return (loss, *form[0][1:]) if isinstance(form[0], Sequence) else loss
-
-        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        evaluator.bind_model(self.bound_model, names)
-        try:
-            evaluator._training_step = training_step
-            evaluator.patch_optimizer_step([count], [])
-            evaluator.train(None, 1)
-        finally:
-            evaluator.unbind_model()
-            torch.set_rng_state(states[0])
-            np.random.set_state(states[1])
-            random.setstate(states[2])
-        if steps == 0:
-            raise DNALError("the training function made no optimizer step in one epoch: check its data, or max_epochs")
-        return steps
+            super()._fusion_compress(max_steps, max_epochs)
+        except BaseException:
+            if getattr(self.evaluator, "model", None) is not None:
+                self.evaluator.unbind_model()
+            raise
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        raise DNALError("DNALPruner cannot be fused with another compressor yet: run them one after the other")
+        """Let the coming training of ``evaluator`` (bound to the model) be a search."""
+        self._build()
+        if not is_gated(self.bound_model):  # a compressor made from this one has taken the gates off
+            self._leave_wrapped_norms()
+            attach(self.bound_model, self._groups, self._gates)
+        self._is_wrapped = True
+        learn = self.preset != "paper" and self._objective is not None
+        train = evaluator.train
+
+        def search(max_steps: int | None = None, max_epochs: int | None = None) -> None:
+            start = time.perf_counter()
+            steps = max_steps
+            if steps is None:
+                steps = steps_per_epoch(evaluator, self.bound_model, self._get_param_names_map()) * (max_epochs or 0)
+            try:
+                with ready(evaluator), self._new_search(steps, None, learn, progress=True) as run:
+                    evaluator.patch_loss(lambda loss, batch: run.penalised(loss))
+                    patch_steps(evaluator, run.before_optimizer_step, run.after_optimizer_step)
+                    train(max_steps, max_epochs)
+            finally:
+                del evaluator.train
+            self._seconds["search"] = time.perf_counter() - start
+
+        # the number of steps is known at train() only, where another compressor may be the one that calls it
+        evaluator.train = search
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        raise DNALError("DNALPruner cannot be fused with another compressor yet: run them one after the other")
+        self.harden()
+
+    def _leave_wrapped_norms(self) -> None:
+        """Gate the readers where another compressor computes the affine of a norm at every forward."""
+        for group in self._active:
+            norms = [self.bound_model.get_submodule(path) for path in group.norms]
+            if group.site == "norm" and any("weight" not in norm._parameters for norm in norms):
+                group.site = "input"
 
     def _get_param_names_map(self) -> dict[str, str]:
-        """Names of parameters without gates -> with gates."""
+        """Names of the parameters of the plain model -> in the model as it is."""
         return {
-            name.replace(".parametrizations", "").removesuffix(".original"): name
+            name.replace("_nni_wrapper.", "").replace(".parametrizations", "").removesuffix(".original"): name
             for name, _ in self.bound_model.named_parameters()
         }
 
+    @property
+    def interval_steps(self) -> NoReturn:
+        """Not for NNI's scheduled pruners: DNAL grows delta and tightens the budget by itself."""
+        raise DNALError("DNALPruner has its own schedule: use it by itself, not inside AGPPruner or LinearPruner")
+
+    total_times = interval_steps
+
+    def get_masks(self) -> dict[str, dict[str, Tensor]]:
+        """NNI masks of the selected layers, as they were left by :meth:`harden`; ones before that."""
+        return {
+            path: {name: space.mask.clone() for name, space in spaces.items() if space.mask is not None}
+            for path, spaces in self._target_spaces.items()
+        }
+
+    def update_masks(self, masks: Masks, conflicts: Conflicts = "vote") -> None:
+        """Fix the gates to what NNI masks say; ``conflicts`` as in :func:`~dnal_nni.masks.speedup`."""
+        self._build()
+        with self._without_wrappers() as model:
+            dense = slim_copy(model, self._groups, {})
+            closed = closed_channels(dense, masks)
+            self.harden({g.name: decide(dense, g, votes_on(g, closed), conflicts) for g in self._active})
+
+    def _collect_data(self) -> dict[str, dict[str, Tensor]]:
+        return {name: {"s": gate.s.detach().clone()} for name, gate in self.gates.items()}
+
+    def _calculate_metrics(self, data: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        return {name: {"g": torch.sigmoid(self.gates[name].delta * d["s"])} for name, d in data.items()}
+
+    def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        return self.harden()
+
     # -- cutting ------------------------------------------------------------------------------------------------------
 
-    def harden(self, keep: Mapping[str, Tensor] | None = None) -> Masks:
+    def harden(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
         """Fix every gate to 0 or 1; the model then computes the hard-gated function.
 
         Args:
@@ -325,7 +386,8 @@ class DNALPruner(Pruner):
         if keep is None:
             if self._search is None or self._search.done == 0:
                 raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")
-            chosen = self._learned()
+            with self._without_wrappers():
+                chosen = self._learned()
         else:
             for name, mask in keep.items():
                 if name not in self.gates:
@@ -340,8 +402,10 @@ class DNALPruner(Pruner):
         for name, gate in self.gates.items():
             gate.harden(chosen[name])
         self._keep, self._report = chosen, None
-        masks = self._nni_masks()
-        self.update_masks(masks)
+        masks = layer_masks(self.bound_model, self._active, chosen, self._target_spaces)
+        for path, targets in masks.items():
+            for name, mask in targets.items():
+                self._target_spaces[path][name].mask = mask
         return masks
 
     def _learned(self) -> dict[str, Tensor]:
@@ -350,13 +414,9 @@ class DNALPruner(Pruner):
         names, sizes = list(self.gates), [gate.s.numel() for gate in self.gates.values()]
         s = torch.cat([gate.s.detach() for gate in self.gates.values()]).double().cpu()
         if self._objective is None:
-            delta = float(next(iter(self.gates.values())).delta)
-            parts = [torch.sigmoid(delta * part) > PAPER_THRESHOLD for part in s.split(sizes)]
-            for part, raw in zip(parts, s.split(sizes)):
-                part[raw.argmax()] = True
-            return dict(zip(names, parts))
+            return dict(zip(names, self._over_threshold(s.split(sizes))))
         # the paper's search knows no floor; ranks among ties are those of the weights
-        floor = self._search.floor if self._search.objective is not None else [1] * len(sizes)
+        floor = self._search.floor if self._search.objective is not None else self._limits.least
         rank = self._search.score.cpu() if self._search.objective is not None else s
         target = float(self._objective.targets[0])
         aim = target
@@ -372,38 +432,17 @@ class DNALPruner(Pruner):
             aim *= target / actual
         return keep
 
-    def _nni_masks(self) -> Masks:
-        assert self._keep is not None
-        masks: Masks = {}
-        channels: dict[str, Tensor] = {}
-        for group in self._active:
-            dropped = ~self._keep[group.name]
-            for member in group.members:
-                if member.side in ("in", "size") or member.bare or member.path not in self._target_spaces:
-                    continue
-                if member.path not in channels:
-                    module = self.bound_model.get_submodule(member.path)
-                    size = module.num_features if isinstance(module, Norm[:2]) else module.weight.shape[0]
-                    channels[member.path] = torch.ones(int(size))  # type: ignore[arg-type]
-                channels[member.path][member.channels[dropped[member.units]]] = 0
-        for path, spaces in self._target_spaces.items():
-            module = self.bound_model.get_submodule(path)
-            for target in spaces:
-                value = getattr(module, target, None)
-                if not isinstance(value, Tensor):
-                    continue
-                mask = channels.get(path, torch.ones(value.shape[0])).to(value)
-                masks.setdefault(path, {})[target] = mask.view(-1, *[1] * (value.dim() - 1)).expand_as(value).clone()
-        return masks
-
-    def _collect_data(self) -> Masks:
-        return {name: {"s": gate.s.detach().clone()} for name, gate in self.gates.items()}
-
-    def _calculate_metrics(self, data: Masks) -> Masks:
-        return {name: {"g": torch.sigmoid(self.gates[name].delta * d["s"])} for name, d in data.items()}
-
-    def _generate_sparsity(self, metrics: Masks) -> Masks:
-        return self.harden()
+    def _over_threshold(self, scores: tuple[Tensor, ...]) -> list[Tensor]:
+        """Units whose gate is over the threshold, as many as the limits allow."""
+        delta = float(next(iter(self.gates.values())).delta)
+        parts = []
+        for s, setting, least, most in zip(scores, self._settings, self._limits.least, self._limits.most):
+            threshold = PAPER_THRESHOLD if setting.sparse_threshold is None else setting.sparse_threshold
+            count = int((torch.sigmoid(delta * s) > threshold).sum())
+            part = torch.zeros(len(s), dtype=torch.bool)
+            part[s.argsort(descending=True, stable=True)[: min(max(count, least), most)]] = True
+            parts.append(part)
+        return parts
 
     def speedup(self) -> nn.Module:
         """A new, physically smaller module that computes what the hard-gated ``model`` computes.
@@ -414,25 +453,11 @@ class DNALPruner(Pruner):
             self.harden()
         assert self._keep is not None
         start = time.perf_counter()
-        slim = slim_copy(self.bound_model, self._groups, self._keep)
-        native = next(p.dtype for p in self.bound_model.parameters() if p.is_floating_point())
-        checks = {}
-        for dtype in {native, torch.float64}:
-            inputs = example_like(self._dummy_input, dtype)
-            try:
-                pair = clone(self.bound_model).to(dtype), clone(slim).to(dtype)
-                checks[dtype] = difference(*pair, inputs)
-            except FORWARD_ERRORS as error:
-                if dtype is native and native not in checks:
-                    raise DNALError(f"the cut model does not run: {str(error).splitlines()[0]}") from error
-        best = torch.float64 if torch.float64 in checks else native
-        if not checks[best][1] <= TOLERANCE.get(best, 5e-2):
-            raise DNALError(
-                f"the cut model differs from the gated one by {checks[best][1]:.1e} of its output (in {best}): please "
-                "report the model; excluding layers in config_list narrows it down"
-            )
+        with self._without_wrappers() as model:
+            slim = slim_copy(model, self._groups, self._keep)
+            max_abs_diff, relative_diff = check_equal(model, slim, self._dummy_input)
         self._seconds["cut"] = time.perf_counter() - start
-        self._report = self._make_report(slim, checks[native][0], checks[best][1])
+        self._report = self._make_report(slim, max_abs_diff, relative_diff)
         return slim
 
     def _make_report(self, slim: nn.Module, max_abs_diff: float, relative_diff: float) -> Report:

@@ -13,7 +13,16 @@ from .cost import Complexity
 
 @dataclasses.dataclass(frozen=True)
 class GroupReport:
-    """One channel group: ``units`` before, ``kept`` after, ``frozen`` the reason why it was left whole."""
+    """One channel group.
+
+    Attributes:
+        units: before.
+        kept: after.
+        site: where its gate acts.
+        layers: how many are cut with it.
+        frozen: the reason why it was left whole, or None.
+        asked: by layer, the units that its mask asked to remove, where the masks of coupled layers disagree.
+    """
 
     name: str
     units: int
@@ -21,6 +30,7 @@ class GroupReport:
     site: str
     layers: int
     frozen: str | None
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -32,6 +42,8 @@ class Report:
         decided: fraction of the gates outside of [0.05, 0.95] at the end of the search, ahead of any threshold.
         max_abs_diff: largest difference between hard-gated and sliced network (eval and train), in the model's dtype.
         relative_diff: the same relative to the largest output, in float64 where the model runs in it.
+        masked_diff: largest difference between NNI's masked model, which leaves the norms of masked channels on, and
+            the cut one, in eval mode, relative to the largest output.
         history: step, delta and expected cost over the search.
     """
 
@@ -43,6 +55,7 @@ class Report:
     decided: float | None = None
     max_abs_diff: float | None = None
     relative_diff: float | None = None
+    masked_diff: float | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     accuracy: tuple[float, float] | None = None
@@ -72,10 +85,14 @@ class Report:
         if self.max_abs_diff is not None:
             exact = "" if self.relative_diff is None else f"; relative, in float64: {self.relative_diff:.1e}"
             lines.append(f"max |gated - sliced|, eval and train mode: {self.max_abs_diff:.1e}{exact}")
+        if self.masked_diff is not None:
+            lines.append(f"max |masked - sliced|, relative: {self.masked_diff:.1e} (masks leave the norms' biases on)")
         name_width = max([len(g.name) for g in self.groups], default=0) + 2
         lines.append(f"\n{'channel group':{name_width}}{'before':>8}{'after':>8}")
         for g in self.groups:
             why = f"  left whole: {g.frozen}" if g.frozen else ""
+            if g.asked:
+                why += "  asked to remove: " + ", ".join(f"{layer} {count}" for layer, count in g.asked.items())
             lines.append(f"{g.name:{name_width}}{g.units:>8}{g.kept:>8}{why}")
         return "\n".join(lines)
 

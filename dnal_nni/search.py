@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, exact_cut, floor_ranks, held_open, price
+from .budget import Objective, best_of_group, exact_cut, first_ranks, price
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv
@@ -19,7 +19,7 @@ from .schedule import delta_paper, delta_per_step, ramp
 
 PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
 MOMENTUM = 0.9
-REACH = 1.0  # how far a steady task gradient of average size moves a score over a whole search
+REACH = 1.0
 # From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
 # open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
 SETTLED = 0.75
@@ -66,6 +66,7 @@ class Scores:
         objective: what the search is held to.
         start: the first scores, float64 ``[units]``.
         steps: planned number of steps.
+        reach: how far a steady task gradient of average size moves a score over a whole search.
 
     Attributes:
         value: the scores, float64 ``[units]``.
@@ -73,17 +74,18 @@ class Scores:
         moving: the number of steps after which :meth:`settle` is due.
     """
 
-    def __init__(self, objective: Objective, start: Tensor, steps: int) -> None:
+    def __init__(self, objective: Objective, start: Tensor, steps: int, reach: float = REACH) -> None:
         self.objective = objective
         self.floor = objective.to("cpu").floor()
         objective.to(start.device)
-        self.within_floor = floor_ranks(objective.sizes, self.floor).to(start.device)
+        limits = [first_ranks(objective.sizes, counts) for counts in (self.floor, objective.limits.most)]
+        self.ranks = torch.stack(limits).to(start.device)
         self.value = start.clone()
         self.momentum = torch.zeros_like(start)
         self.scale = start.new_zeros(())
         self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
         self.moving = max(1, round(SETTLED * steps))
-        self.pace = torch.tensor([REACH / self.moving if t < self.moving else 0.0 for t in range(steps)]).to(start)
+        self.pace = torch.tensor([reach / self.moving if t < self.moving else 0.0 for t in range(steps)]).to(start)
         self.settled = torch.arange(steps, device=start.device) >= self.moving
         self.structure = torch.ones_like(start)  # 1 open, -1 closed; set by settle
         descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
@@ -106,9 +108,10 @@ class Scores:
     def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
         delta, settled, aims = (_entry(table, step) for table in (self.delta, self.settled, self.aims))
-        held = held_open(self.value, self.objective.group_of, self.within_floor)
-        s = self.value - price(self.objective, self.value, delta, held, aims)[self.objective.owner]
+        held, allowed = best_of_group(self.value, self.objective.group_of, self.ranks)
+        s = self.value - price(self.objective, self.value, delta, held, allowed, aims)[self.objective.owner]
         s = torch.where(held, torch.maximum(s, 6.0 / delta), s)  # held open: far enough on the open side
+        s = torch.where(allowed, s, torch.minimum(s, -6.0 / delta))
         return torch.where(settled, self.structure, s), delta
 
     def settle(self) -> None:
@@ -140,7 +143,9 @@ class Search:
         steps: planned number of calls of :meth:`step`.
         objective: what the search is held to, or None for the paper's.
         lambda_: weight of the paper's regulariser.
-        optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
+        arch_lr: ``reach`` of :class:`Scores`, or the learning rate of the paper's SGD; None: REACH or PAPER_LR.
+        optimizer: of the model's weights, which :meth:`step` steps too where they learn.
+        weights_learn: whether the weights learn in the same steps; otherwise they are frozen.
         progress: show a progress bar.
     """
 
@@ -153,21 +158,25 @@ class Search:
         steps: int,
         objective: Objective | None,
         lambda_: float,
-        optimizer: torch.optim.Optimizer | None = None,
-        progress: bool = True,
+        arch_lr: float | None,
+        optimizer: torch.optim.Optimizer | None,
+        weights_learn: bool,
+        progress: bool,
     ) -> None:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise DNALError(f"search(steps={steps!r}): must be a whole number >= 1")
         self.model, self.objective, self.lambda_, self.steps = model, objective, lambda_, steps
         self.gates = list(gates.values())
-        self.optimizer, self.progress = optimizer, progress
+        self.optimizer, self.weights_learn, self.progress = optimizer, weights_learn, progress
         self.done = 0
         self.history: list[dict[str, float]] = []
         device = self.gates[0].s.device
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.scores: Scores | None = None
+        self.paper_lr = PAPER_LR if arch_lr is None else arch_lr
         if objective is not None:
-            self.scores = Scores(objective, importance(model, groups).to(device), steps)
+            reach = REACH if arch_lr is None else arch_lr
+            self.scores = Scores(objective, importance(model, groups).to(device), steps, reach)
             self.score, self.momentum, self.scale = self.scores.value, self.scores.momentum, self.scores.scale
             self.floor = self.scores.floor
         else:
@@ -223,7 +232,7 @@ class Search:
     @property
     def learns_weights(self) -> bool:
         """Whether the weights make a step in the next one too."""
-        return self.optimizer is not None and self.done < self.steps
+        return self.weights_learn and self.done < self.steps
 
     def step(self, loss: Tensor) -> None:
         """Backward of ``loss`` (0-d), then one step of the gates, and of the weights where they learn too.
@@ -306,7 +315,7 @@ class Search:
             leaf.grad = None
         if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
-            self.score.sub_(self.momentum, alpha=PAPER_LR)
+            self.score.sub_(self.momentum, alpha=self.paper_lr)
         else:
             self.scores.update(grad, torch.cat(leaves), self.done)
 

@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
 from torch import nn
 
+from .budget import Limits
 from .errors import DNALError
-from .gate import ChannelFactor
 from .graph import Norm
 from .groups import ChannelGroup
 
-HONOURED = {
-    "op_types",
-    "op_names",
-    "op_names_re",
-    "exclude_op_types",
-    "exclude_op_names",
-    "exclude_op_names_re",
-    "sparse_ratio",
-    "exclude",  # NNI's older schema, which NNI translates
-    "sparsity",
-    "sparsity_per_layer",
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the config_list says about one layer, or about the layers of one group together; NNI's keys and meanings."""
+
+    sparse_ratio: float | None = None
+    sparse_threshold: float | None = None
+    max_sparse_ratio: float | None = None
+    min_sparse_ratio: float | None = None
+    global_group_id: int | str | None = None
+    dependency_group_id: int | str | None = None
+
+
+VALUES = [field.name for field in dataclasses.fields(Setting)]
+RATIOS = ("sparse_ratio", "max_sparse_ratio", "min_sparse_ratio")
+SELECT = ["op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"]
+# NNI's older schema, which NNI translates
+LEGACY = ["exclude", "op_partial_names", "sparsity", "sparsity_per_layer", "max_sparsity_per_layer"]
+# what DNAL does anyway: masks of whole output channels; grouped convolutions lose whole groups, or equal positions
+GIVEN: dict[str, tuple[str, ...] | None] = {
+    "granularity": ("default", "out_channel"),
+    "apply_method": ("mul",),
+    "internal_metric_block": None,
 }
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise where a pruner cannot be put on this module."""
-    if not isinstance(model, nn.Module):
-        raise DNALError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if next(model.parameters(), None) is None:
-        raise DNALError("the model has no parameters: there is nothing to prune")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module, and wrap it afterwards")
-    for name, module in model.named_modules():
-        if hasattr(module, "_nni_wrapper"):
-            raise DNALError(
-                f"{name} is already wrapped by another NNI compressor: call its unwrap_model() first"
-            )
-        if isinstance(module, ChannelFactor):
-            raise DNALError("the model already has gates of another DNALPruner: call its unwrap_model() first")
+WHY_NOT = {
+    "_output_": "the output of a layer and of its norm closes with its channels: leave this target out",
+    "_input_": "DNALPruner removes output channels, and what reads them follows: leave this target out",
+    "align": "masks follow the coupled channels by themselves",
+    "total_sparsity": "use sparse_ratio with a global_group_id",
+}
 
 
 def check_config(model: nn.Module, config_list: Any) -> None:
@@ -52,46 +55,68 @@ def check_config(model: nn.Module, config_list: Any) -> None:
     names = {name for name, _ in model.named_modules()}
     types = {c.__name__ for module in model.modules() for c in type(module).__mro__}
     for i, config in enumerate(config_list):
+        where = f"config_list[{i}]"
         if not isinstance(config, Mapping):
-            raise DNALError(f"config_list[{i}] is a {type(config).__name__}, not a dict")
-        for key in config:
-            if key not in HONOURED:
-                raise DNALError(
-                    f"config_list[{i}]: key {key!r} is not supported; use {', '.join(sorted(HONOURED - {'exclude'}))}"
-                )
-        if not {"op_types", "op_names", "op_names_re"} & set(config):
-            raise DNALError(f"config_list[{i}] selects nothing: add op_types, op_names or op_names_re")
+            raise DNALError(f"{where} is a {type(config).__name__}, not a dict")
+        _check_values(where, config, [*SELECT, *LEGACY, *VALUES, *GIVEN, "target_names", "target_settings"])
+        if not {"op_types", "op_names", "op_names_re", "op_partial_names"} & set(config):
+            raise DNALError(f"{where} selects nothing: add op_types, op_names or op_names_re")
         for key in ("op_names", "exclude_op_names"):
             for name in config.get(key, ()):
                 if name not in names:
                     raise DNALError(
-                        f"config_list[{i}]: the model has no layer {name!r} ({key}); see [n for n, _ in "
-                        "model.named_modules()]"
+                        f"{where}: the model has no layer {name!r} ({key}); see [n for n, _ in model.named_modules()]"
                     )
         for name in config.get("op_types", ()):
             if name not in types:
-                raise DNALError(f"config_list[{i}]: the model has no layer of type {name!r} (op_types)")
-        ratio = config.get("sparse_ratio")
-        if ratio is not None and not (isinstance(ratio, float) and 0 <= ratio < 1):
-            raise DNALError(f"config_list[{i}]: sparse_ratio={ratio!r} must be a float in [0, 1)")
+                raise DNALError(f"{where}: the model has no layer of type {name!r} (op_types)")
+        targets = config.get("target_names", ["weight"])
+        settings = config.get("target_settings", {})
+        for target in [*targets, *settings]:
+            reason = next((why for key, why in WHY_NOT.items() if target.startswith(key)), None)
+            if reason or target not in ("weight", "bias"):
+                raise DNALError(f"{where}: target {target!r}: {reason or 'only weight and bias can be targets'}")
+        if "weight" not in targets:
+            raise DNALError(f"{where}: target_names={list(targets)}: channels go with their weights; add 'weight'")
+        _check_values(f"{where}['target_settings']['weight']", settings.get("weight", {}), [*VALUES, *GIVEN])
+        _check_values(f"{where}['target_settings']['bias']", settings.get("bias", {}), ["apply_method"])
+
+
+def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str]) -> None:
+    for key, value in config.items():
+        if key not in supported:
+            reason = WHY_NOT.get(key, f"use {', '.join(sorted(set(supported) - set(LEGACY)))}")
+            raise DNALError(f"{where}: key {key!r} is not supported; {reason}")
+        if value is None:
+            continue
+        fraction = isinstance(value, float) and 0 <= value <= 1
+        if key in RATIOS and not (fraction and (value < 1 or key == "max_sparse_ratio")):
+            raise DNALError(f"{where}: {key}={value!r} must be a float in [0, 1)")
+        if key == "sparse_threshold" and not (fraction and 0 < value < 1):
+            raise DNALError(f"{where}: {key}={value!r} must be a float in (0, 1): channels whose gate is less go")
+        given = GIVEN.get(key)
+        if given is not None and value not in given:
+            raise DNALError(f"{where}: {key}={value!r} is not supported; use {' or '.join(map(repr, given))}")
+    if config.get("sparse_ratio") is not None and config.get("sparse_threshold") is not None:
+        raise DNALError(f"{where}: give sparse_ratio or sparse_threshold, not both")
 
 
 def split_config(
     model: nn.Module, config_list: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-    """The config for NNI, and what it selects among modules whose type NNI has no setting for (it refuses those).
+) -> tuple[list[dict[str, Any]], dict[str, Setting]]:
+    """The config for NNI, without modules whose type it has no setting for (it refuses those); all that is selected.
 
     A layer of a subclass, such as timm's ``Conv2dSame``, goes with the ``op_types`` that it is derived from. A module
     derived from none of them, such as ``MultiheadAttention``, cannot be named by type: it goes with any of them.
 
     Returns:
-        NNI's config_list, and the sparse_ratio (None: none given) by module name.
+        NNI's config_list, and the setting by module name; where several entries name a layer, the first one holds.
     """
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     lineage = {type(m).__name__: [c.__name__ for c in type(m).__mro__] for m in owners}
     strange = {name: line for name, line in lineage.items() if name not in PruningSetting.registry}
-    modules = dict(model.named_modules())
-    for_nni, found = [], {}
+    for_nni = []
+    selected: dict[str, Setting] = {}
     for config in trans_legacy_config_list([dict(config) for config in config_list]):
         for_nni.append({**config, "exclude_op_types": [*config.get("exclude_op_types", ()), *strange]})
         wide = dict(config)
@@ -99,28 +124,29 @@ def split_config(
             wide[key] = [*config[key], *(name for name, line in strange.items() if set(line) & set(config[key]))]
         if "op_types" in config:
             wide["op_types"] += [n for n, line in strange.items() if not set(line) & set(PruningSetting.registry)]
+        values = {**config, **config.get("target_settings", {}).get("weight", {})}
+        setting = Setting(**{key: values.get(key) for key in VALUES})
         for name in select_modules_by_config(model, wide)[0]:
-            if type(modules[name]).__name__ in strange:
-                found[name] = config.get("sparse_ratio")
-    return for_nni, found
+            selected.setdefault(name, setting)
+    return for_nni, selected
 
 
-def select(
-    groups: Sequence[ChannelGroup], selected: Mapping[str, float | None], model: nn.Module
-) -> dict[str, float]:
-    """Freeze the groups that the config does not select; the ratio of channels to remove for the others.
+def select(groups: Sequence[ChannelGroup], selected: Mapping[str, Setting], model: nn.Module) -> dict[str, Setting]:
+    """Freeze the groups that the config does not select; the setting of the others.
 
     A group is selected where every layer that produces its channels is, or every norm that they pass: a layer that is
-    excluded or not selected keeps all its outputs. Of several ratios inside one group the smallest rules.
+    excluded or not selected keeps all its outputs. Of several ratios, thresholds or limits inside one group the
+    smallest rules.
 
     Args:
         groups: their ``frozen`` is updated.
-        selected: by layer name, its sparse_ratio (None: none given).
+        selected: by layer name.
         model: the ungated model.
     """
     modules = dict(model.named_modules())
     norms = {name for name, module in modules.items() if isinstance(module, Norm)}
-    ratios = {}
+    settings = {}
+    depends: dict[int | str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # id -> layer -> its groups
     for group in groups:
         if group.frozen is not None:
             continue
@@ -135,5 +161,61 @@ def select(
             missing = next(p for p in producers if p not in selected)
             group.frozen = f"config_list does not select {missing}"
             continue
-        ratios[group.name] = min((r for p in layers if (r := selected[p]) is not None), default=0.0)
-    return ratios
+        settings[group.name] = _together(layers, selected)
+        for layer in layers:
+            if (key := selected[layer].dependency_group_id) is not None:
+                depends[key][layer].add(group.name)
+    for key, places in depends.items():
+        first = next(iter(places))
+        for layer in places:
+            if places[layer] != places[first]:
+                raise DNALError(
+                    f"dependency_group_id={key!r} joins {first} and {layer}, whose channels the model does not couple: "
+                    "leave it out; coupled layers are found without it"
+                )
+    return settings
+
+
+def _together(layers: Iterable[str], selected: Mapping[str, Setting]) -> Setting:
+    values: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for layer in layers:
+        for key in VALUES[:-1]:
+            value = getattr(selected[layer], key)
+            if value is None:
+                continue
+            if key == "global_group_id" and values.get(key, value) != value:
+                raise DNALError(
+                    f"{owner[key]} and {layer} are coupled, but in the global groups {values[key]!r} and {value!r}: "
+                    "give them the same global_group_id"
+                )
+            if key not in values or (key != "global_group_id" and value < values[key]):
+                values[key], owner[key] = value, layer
+    return Setting(**values)
+
+
+def limits(settings: Sequence[Setting], sizes: Sequence[int]) -> Limits:
+    """Units that each group may keep, from max_sparse_ratio and min_sparse_ratio."""
+    least = [max(1, round((1 - s.max_sparse_ratio) * n)) if s.max_sparse_ratio else 1 for s, n in zip(settings, sizes)]
+    most = [max(1, round((1 - (s.min_sparse_ratio or 0.0)) * n)) for s, n in zip(settings, sizes)]
+    return Limits(least, [max(pair) for pair in zip(least, most)])
+
+
+def pools(settings: Sequence[Setting], sizes: Sequence[int], within: Limits) -> tuple[list[int], list[int]]:
+    """What the ratios ask: the units to keep in each pool, and the pool of each group.
+
+    The groups of one global_group_id are a pool, any other group is one by itself: the ratio is of the channels of the
+    pool, to the nearest, and the smallest of several rules.
+    """
+    members: dict[object, list[int]] = defaultdict(list)
+    for i, setting in enumerate(settings):
+        members[i if setting.global_group_id is None else ("global", setting.global_group_id)].append(i)
+    kept, pool_of = [], [0] * len(sizes)
+    for pool, where in enumerate(members.values()):
+        ratios = [r for i in where if (r := settings[i].sparse_ratio) is not None]
+        whole = sum(sizes[i] for i in where)
+        asked = round((1 - min(ratios, default=0.0)) * whole)
+        kept.append(min(max(asked, sum(within.least[i] for i in where)), sum(within.most[i] for i in where)))
+        for i in where:
+            pool_of[i] = pool
+    return kept, pool_of

@@ -12,7 +12,7 @@ from nni.compression import TorchEvaluator
 from nni.compression.base.compressor import Pruner
 from torch import Tensor, nn
 
-from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, save_compressed
+from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, save_compressed, speedup
 from dnal_nni.schedule import delta_paper, delta_per_step
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -181,6 +181,25 @@ def test_two_arguments_construct_and_the_input_is_asked_for(small: nn.Module) ->
     pruner = DNALPruner(small, CONV)
     with pytest.raises(DNALError, match="a dummy input is needed.*dummy_input=x"):
         pruner.gates  # noqa: B018
+
+
+def test_an_evaluator_without_dummy_input_is_asked_for_one(small: nn.Module, batches: Batches) -> None:
+    pruner = DNALPruner(small, CONV, evaluator(small, batches), budget=Budget(flops=0.5))
+    with pytest.raises(DNALError, match="a dummy input is needed.*or an evaluator with one"):
+        pruner.compress(max_steps=3)
+    assert not any("parametrizations" in name for name, _ in small.named_modules())
+
+
+def test_distributed_models_are_refused(small: nn.Module, x: Tensor) -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(small)
+        for call in (lambda: DNALPruner(wrapped, CONV, dummy_input=x), lambda: speedup(wrapped, {}, x)):
+            with pytest.raises(DNALError, match="wrapped in DistributedDataParallel: pass model.module"):
+                call()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_save_and_load(small: nn.Module, x: Tensor, tmp_path: Any) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALPruner
-from dnal_nni.budget import Objective, exact_cut, gates, held_open, price
+from dnal_nni.budget import Objective, best_of_group, exact_cut, gates, price
 from dnal_nni.search import SETTLED, Scores
 
 
@@ -27,9 +27,10 @@ def test_the_price_meets_the_aim(small: nn.Module, x: Tensor) -> None:
     def meets(seed: int, delta: float, aim: float) -> None:
         score = torch.randn(sum(objective.sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         held = torch.zeros_like(score, dtype=torch.bool)
+        allowed = ~held
         at = torch.tensor(delta, dtype=torch.float64)
-        found = price(objective, score, at, held, torch.tensor([aim], dtype=torch.float64))
-        assert float(objective.relative(gates(score - found, at, held))[0]) == pytest.approx(aim, abs=2e-3)
+        found = price(objective, score, at, held, allowed, torch.tensor([aim], dtype=torch.float64))
+        assert float(objective.relative(gates(score - found, at, held, allowed))[0]) == pytest.approx(aim, abs=2e-3)
 
     meets()
 
@@ -37,7 +38,7 @@ def test_the_price_meets_the_aim(small: nn.Module, x: Tensor) -> None:
 def test_the_best_of_every_group_are_held_open(small: nn.Module, x: Tensor) -> None:
     objective = objective_of(small, x)
     scores = Scores(objective, torch.randn(sum(objective.sizes), dtype=torch.float64), 10)
-    held = held_open(scores.value, objective.group_of, scores.within_floor)
+    held = best_of_group(scores.value, objective.group_of, scores.ranks[0])
     for score, mask, floor in zip(scores.value.split(objective.sizes), held.split(objective.sizes), scores.floor):
         assert set(mask.nonzero().flatten().tolist()) == set(score.topk(floor).indices.tolist())
 
