@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .adapters import adapt
 from .errors import DNALError
-from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, call, clone, seeded, varying_axes
+from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, call, clone, flatten_tensors, seeded, varying_axes
 from .trace import Trace
 
 Site = Literal["norm", "input"]
@@ -151,10 +151,12 @@ def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     """:func:`find_groups` for a user's model and input: a :class:`DNALError` says what is wrong with them."""
     try:
         with torch.no_grad():
-            call(clone(model).eval(), dummy_input)
+            returned = [out for out in flatten_tensors(call(clone(model).eval(), dummy_input)) if out.numel()]
     except FORWARD_ERRORS as error:
         what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
         raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
+    if returned and not any(bool(out.isfinite().any()) for out in returned):
+        raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
     try:
         return find_groups(model, dummy_input)
     except FORWARD_ERRORS as error:

@@ -115,7 +115,8 @@ class TransformersEvaluator(NNITransformersEvaluator):
     """NNI's ``TransformersEvaluator`` for today's transformers: same arguments, same use, also for NNI's own pruners.
 
     NNI's own breaks with transformers 4.57 to 5.24, the versions that were tried, in each of the methods below; the
-    reason is said there. It also leaves ``Trainer.get_optimizer_cls_and_kwargs`` broken for the whole process (line 997).
+    reason is said there. It also leaves ``Trainer.get_optimizer_cls_and_kwargs`` broken for the whole process (line
+    997).
     """
 
     def _init_optimizer_helpers(self, pure_model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Gated equals sliced, and the cost model equals fvcore's count of the sliced network."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -31,6 +32,31 @@ def randomise_norms(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+class Returns(nn.Module):
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor(values))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.values
+
+
+@pytest.mark.parametrize(
+    "a, b, gap",
+    [
+        ((1.0, 2.0), (1.0, 2.5), 0.5),
+        ((1.0, math.nan), (1.0, math.nan), 0.0),
+        ((1.0, math.inf), (1.5, math.inf), 0.5),
+        ((1.0, math.nan), (1.0, 2.0), math.inf),
+        ((1.0, math.inf), (1.0, -math.inf), math.inf),
+        ((math.nan,), (math.nan,), math.inf),  # nothing was compared
+    ],
+)
+def test_what_is_not_finite_must_be_the_same(a: tuple[float, ...], b: tuple[float, ...], gap: float) -> None:
+    largest = max((abs(value) for value in a if math.isfinite(value)), default=1.0)
+    assert difference(Returns(*a), Returns(*b), torch.zeros(1)) == (gap, gap / largest)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -237,6 +237,7 @@ BAD = {
     "unreachable": (dict(budget=Budget(flops=0.01)), "cannot be reached.*exclude fewer layers"),
     "more than there is": (dict(budget=Budget(flops=1e12)), "more than the model has"),
     "preset": (dict(preset="fast"), "preset='fast'"),
+    "nan": (dict(dummy_input=torch.full((2, 1, 8, 8), float("nan"))), "no finite number for the dummy_input.*for NaN"),
     "no parameters": (dict(model=nn.ReLU()), "has no parameters"),
     "data parallel": (dict(model=nn.DataParallel(nn.Conv2d(1, 1, 1))), "DataParallel: pass model.module"),
     "evaluator": (dict(evaluator=3), "evaluator is a int"),
