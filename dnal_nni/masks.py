@@ -213,9 +213,13 @@ def decide(model: nn.Module, group: ChannelGroup, votes: Votes, conflicts: Confl
 @torch.no_grad()
 def _leave_unread(model: nn.Module, group: ChannelGroup) -> None:
     """Let nothing read the channels of a group, in place: what closing all of them amounts to."""
+    passing = {member.path for member in group.members if member.side == "out"}
     for reader in group.consumers:
         layer = model.get_submodule(reader.path) if not reader.bare else None
-        if not isinstance(layer, (Conv, nn.Linear)) or getattr(layer, "groups", 1) > 1:
+        grouped = getattr(layer, "groups", 1) > 1
+        if grouped and reader.path in passing:  # depthwise: its outputs are in this group too
+            continue
+        if not isinstance(layer, (Conv, nn.Linear)) or grouped:
             raise DNALError(f"the masks close every channel of {group.name}, which {reader.path} needs: leave one")
         columns = layer.weight.movedim(_axes(layer, "weight", layer.weight.dim())["in"], 0)
         columns[reader.channels.to(columns.device)] = 0

@@ -60,6 +60,15 @@ def network() -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images ``[n, 1, 8, 8]`` of -1 to 1, 1,347 to train on and 450 others, then the labels ``[n]`` of both."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(data.target)
+    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    return train_x, test_x, train_y, test_y
+
+
 def batches(images: Tensor, labels: Tensor, epochs: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """All batches of some epochs, each image shifted by up to one pixel."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,12 +118,7 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(args.seed)
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(digits.target)
-    split = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-    train_x, test_x, train_y, test_y = split
-
+    train_x, test_x, train_y, test_y = digits()
     model = network()
     train(model, batches(train_x, train_y, 25, args.seed), 0.1, "train")
     before = accuracy(model, test_x, test_y)

@@ -218,6 +218,14 @@ def test_a_layer_that_is_closed_whole_keeps_one_channel_that_nothing_reads() -> 
     assert torch.equal(slim(x), model.c.bias.view(1, 2, 1, 1).expand(2, 2, 4, 4))
     assert slim.dnal_report.groups[0].asked == {"a": 8}
 
+    model = trained(torchvision.models.mobilenet_v2(num_classes=10))
+    expand = model.features[3].conv[0][0]  # of a residual block, ahead of a depthwise convolution
+    slim = speedup(model, {"features.3.conv.0.0": {"weight": torch.zeros_like(expand.weight)}}, X)
+    assert [slim.features[3].conv[i][0].out_channels for i in (0, 1)] == [1, 1]
+    model.features[3].conv[2].weight.data.zero_()  # the projection
+    with torch.no_grad():
+        assert torch.allclose(slim(X), model(X), atol=1e-5)
+
 
 def test_masks_of_inputs_and_outputs() -> None:
     model, _ = disputed()

@@ -1,5 +1,8 @@
 """Scores, price and structure of a search under a budget."""
 
+import copy
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dnal_nni import Budget, DNALPruner
+from dnal_nni import Budget, DNALError, DNALPruner
 from dnal_nni.budget import Objective, best_of_group, exact_cut, gates, price
 from dnal_nni.search import SETTLED, Scores
 
@@ -41,6 +44,25 @@ def test_the_best_of_every_group_are_held_open(small: nn.Module, x: Tensor) -> N
     held = best_of_group(scores.value, objective.group_of, scores.ranks[0])
     for score, mask, floor in zip(scores.value.split(objective.sizes), held.split(objective.sizes), scores.floor):
         assert set(mask.nonzero().flatten().tolist()) == set(score.topk(floor).indices.tolist())
+
+
+def test_arch_lr_is_how_fast_gates_learn(small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
+    def moved(arch_lr: float | None, preset: Literal["default", "paper"]) -> Tensor:
+        model = copy.deepcopy(small)
+        pruner = DNALPruner(
+            model, CONV, dummy_input=x, preset=preset, arch_lr=arch_lr, lambda_=0, budget=Budget(flops=0.5)
+        )
+        with pruner.search(20, progress=False) as search:
+            before = search.score.clone()
+            search.step(F.cross_entropy(model(batches[0][0]), batches[0][1]))
+        return search.score - before
+
+    for preset, usual in (("default", 1.0), ("paper", 0.01)):
+        assert not bool(moved(0.0, preset).any())
+        assert torch.allclose(moved(2 * usual, preset), 2 * moved(None, preset)) and bool(moved(None, preset).any())
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(DNALError, match="arch_lr=.*must be a number >= 0"):
+            DNALPruner(small, CONV, dummy_input=x, arch_lr=wrong)
 
 
 def test_no_group_closes_past_its_floor_whatever_the_gradient_says(small: nn.Module, x: Tensor) -> None:

@@ -13,27 +13,15 @@ from typing import Any
 import nni
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from dnal_nni import Budget, DNALPruner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the quickstart
-from quickstart import accuracy, batches, network, train
+from quickstart import accuracy, batches, digits, network, train
 
 DEFAULTS = {"flops": 0.5, "search": {"_name": "default", "arch_lr": 1.0}}
 EPOCHS = {"train": 5, "search": 4, "fine-tune": 4}
-
-
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images ``[n, 1, 8, 8]`` of -1 to 1 for training (1,347) and validation (450), then the labels ``[n]`` of both."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(data.target)
-    train_x, val_x, train_y, val_y = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-    return train_x, val_x, train_y, val_y
 
 
 def run(flops: float, search: dict[str, Any]) -> dict[str, Any]:
