@@ -114,9 +114,7 @@ def _lightning_optimizers(evaluator: Any, model: nn.Module) -> tuple[Sequence[An
     if not isinstance(model, nnis.pl.LightningModule):
         raise DNALError(f"a LightningEvaluator needs a LightningModule: the model is a {type(model).__name__}")
     if evaluator.trainer.world_size > 1:
-        raise DNALError(
-            f"the Trainer runs {evaluator.trainer.world_size} processes, and {_ONE_DEVICE}: Trainer(devices=1)"
-        )
+        raise DNALError(f"the Trainer uses several devices, and {_ONE_DEVICE}: Trainer(devices=1)")
     if not model.automatic_optimization:
         raise DNALError(
             "the LightningModule optimizes manually (automatic_optimization = False), which NNI does not patch: let "
@@ -196,7 +194,7 @@ def _check_traced(what: str, values: Sequence[Any], kind: type) -> None:
 
 
 def _check_parameters(optimizers: Sequence[Any], model: nn.Module) -> None:
-    """Parameters that are not the model's are dropped by NNI, silently (its constructor_helper.py:58)."""
+    """Parameters that are not the model's are dropped by NNI, silently (its constructor_helper.py:61)."""
     own = {id(p) for p in model.parameters()}
     for index, optimizer in enumerate(optimizers):
         kwargs = optimizer.trace_kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ from .report import GroupReport, Report
 from .search import PAPER_THRESHOLD, Search
 from .slim import slim_copy
 from .verify import check_equal, verify_and_freeze
+
+_logger = logging.getLogger(__name__)
 
 
 class DNALPruner(Pruner):
@@ -318,6 +321,12 @@ class DNALPruner(Pruner):
                     train(max_steps, max_epochs)
             finally:
                 del evaluator.train
+            if run.done < steps:
+                _logger.warning(
+                    "the training ended after %d of the %d steps that the search was planned for: let training_func "
+                    "respect max_steps and max_epochs, or plan fewer",
+                    run.done, steps,
+                )  # fmt: skip
             self._seconds["search"] = time.perf_counter() - start
 
         # the number of steps is known at train() only, where another compressor may be the one that calls it

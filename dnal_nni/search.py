@@ -284,6 +284,8 @@ class Search:
     def advance(self) -> None:
         """Count a step, and prepare the gates of the next one."""
         self.done += 1
+        for gate in self.gates:  # not in update: a closure may run several times in a step
+            (gate.s if gate.value is None else gate.value).grad = None
         if self.scores is not None and self.done == self.scores.moving:
             self.scores.settle()
         if self.done < self.steps:
@@ -311,8 +313,7 @@ class Search:
         """One step of the gates, from the gradients that the backward pass left."""
         leaves = [gate.s if gate.value is None else gate.value for gate in self.gates]
         grad = torch.cat([t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]).double()
-        for leaf in leaves:
-            leaf.grad = None
+        grad.nan_to_num_(0.0, 0.0, 0.0)  # a GradScaler skips the steps that overflow, whose gradients stay here
         if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=self.paper_lr)

@@ -114,9 +114,8 @@ def lightning_max_epochs(evaluator: LightningEvaluator) -> Iterator[None]:
 class TransformersEvaluator(NNITransformersEvaluator):
     """NNI's ``TransformersEvaluator`` for today's transformers: same arguments, same use, also for NNI's own pruners.
 
-    NNI's own breaks with transformers 4.57 to 5.24, the versions that were tried, in each of the methods below; the
-    reason is said there. It also leaves ``Trainer.get_optimizer_cls_and_kwargs`` broken for the whole process (line
-    997).
+    NNI's own breaks in each of the methods below (tried: transformers 4.57.3, 5.0.0 and 5.24.0); how is said there. It
+    also leaves ``Trainer.get_optimizer_cls_and_kwargs`` broken for the whole process (line 997).
     """
 
     def _init_optimizer_helpers(self, pure_model: nn.Module) -> None:
@@ -162,14 +161,9 @@ class TransformersEvaluator(NNITransformersEvaluator):
         for both.
         """
         before, after = list(before_step_tasks), list(after_step_tasks)
-        around_step(self._inner_optimizer(), lambda: _run(before), lambda: _run(after))
-
-    def revert_optimizer_step(self) -> None:
-        """As :meth:`patch_optimizer_step`: of the optimizer, not of accelerate's wrapper."""
-        self._inner_optimizer().step = self._ori_trainer_attr["optimizer.step"]
-
-    def _inner_optimizer(self) -> Any:
-        return getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        # after a first train() there is a wrapper
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        around_step(optimizer, lambda: _run(before), lambda: _run(after))
 
     def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
         """Train for what is asked for, and put the arguments back after an error too.

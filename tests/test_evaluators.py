@@ -23,7 +23,7 @@ from nni.compression.utils import Evaluator, ForwardHook, TensorHook
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from dnal_nni import Budget, DNALError, DNALPruner
+from dnal_nni import Budget, DNALError, DNALPruner, measure
 from dnal_nni.evaluators import (
     TorchEvaluator,
     TransformersEvaluator,
@@ -493,6 +493,21 @@ def test_counting_changes_nothing_and_agrees_with_training(name: str, bound: boo
         assert trained.count(1) == expected and trained.count(0) >= expected and all(hook.buffer for hook in hooks)
 
 
+def test_counting_leaves_batches_that_are_kept_in_memory(small: nn.Module, batches: Batches) -> None:
+    def step(batch: Any, model: nn.Module) -> Any:
+        batch["images"].add_(1)
+        return outputs_of(batch, model)
+
+    def training(model: Any, optimizer: Any, training_step: Any, *_: Any) -> None:
+        for batch in kept:
+            training_step(batch, model)["loss"].backward()
+            optimizer.step()
+
+    kept = [{"images": images.clone(), "labels": labels} for images, labels in batches]
+    assert steps_per_epoch(initialised(TorchEvaluator(training, sgd(small), step), small), small, {}) == len(batches)
+    assert all(torch.equal(batch["images"], images) for batch, (images, _) in zip(kept, batches))
+
+
 def test_counting_stops_with_a_reason_and_puts_back_after_errors(small: nn.Module, batches: Batches) -> None:
     with pytest.raises(DNALError, match="made no optimizer step in one epoch: check its data"):
         steps_per_epoch(initialised(torch_evaluator(small, []), small), small, {})
@@ -848,6 +863,24 @@ def test_a_search_in_lightning_is_a_search_in_a_loop(
     assert_same_gates(found, own_loop(twin, x, lambda batch: loss_of(batch, twin), (batches * 2)[:11]))
 
 
+@pytest.mark.parametrize("duration", [{"max_epochs": 2}, {"max_steps": 19}])
+def test_the_pruner_compresses_in_lightning_as_in_a_loop(
+    duration: Any, lightning: SimpleNamespace, small: nn.Module, batches: Batches
+) -> None:
+    twin, module = lightning.Module(copy.deepcopy(small)), lightning.Module(small)
+    pruner = DNALPruner(module, CONV, lightning.evaluator(module, batches), budget=Budget(flops=0.5))
+    model, masks = pruner.compress(**duration)
+    assert model is module and masks.keys() == {"net.stem", "net.conv1", "net.conv2", "net.last"}
+    own = DNALPruner(twin, CONV, dummy_input=batches[0][0], budget=Budget(flops=0.5))
+    steps = duration.get("max_steps", 16)
+    with own.search(steps, optimizer=sgd(twin), progress=False) as search:
+        for step in range(steps):
+            search.step(loss_of(batches[step % 8], twin))
+    assert_same_gates(*([gate.s for gate in each.gates.values()] for each in (pruner, own)))
+    assert torch.equal(module.net.fc.weight, twin.net.fc.weight)
+    assert pruner.speedup()(batches[0][0]).shape == (8, 10)
+
+
 def test_nnis_taylor_pruner_runs_in_lightning(lightning: SimpleNamespace, small: nn.Module, batches: Batches) -> None:
     masks = []
     for evaluate in (False, True):
@@ -884,7 +917,7 @@ def test_lightning_modules_that_nni_cannot_train(
         r"configure_optimizers\(\) fails, which NNI calls ahead of any Trainer: .*not attached",
         lambda m: sgd(m, weight_decay=m.trainer.estimated_stepping_batches),
     )
-    with pytest.raises(DNALError, match=r"runs 2 processes.*one device.*Trainer\(devices=1\)"):
+    with pytest.raises(DNALError, match=r"uses several devices.*one device.*Trainer\(devices=1\)"):
         module = lightning.Module(small)
         check_evaluator(lightning.evaluator(module, batches, devices=2, strategy="ddp_spawn"), module)
     with pytest.raises(DNALError, match="a LightningEvaluator needs a LightningModule: the model is a Small"):
@@ -918,12 +951,12 @@ def hf(tmp_path: Any) -> SimpleNamespace:
         config = getattr(transformers, f"{kind}Config")(**size, **extra)
         return getattr(transformers, f"{kind}ForImageClassification")(config)
 
-    def trainer(model: Any, optimizers: Any = (None, None), data: Any = None, **arguments: Any) -> Any:
+    def trainer(model: Any, optimizers: Any = (None, None), data: Any = None, also: Any = (), **arguments: Any) -> Any:
         quiet = dict(report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=1)
         own = dict(per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.01)
         training = transformers.TrainingArguments(str(tmp_path), **{**quiet, **own, **arguments})
         return nni.trace(transformers.Trainer)(
-            model=model, args=training, train_dataset=data or Images(), optimizers=optimizers
+            model=model, args=training, train_dataset=data or Images(), optimizers=optimizers, **dict(also)
         )
 
     return SimpleNamespace(library=transformers, model=model, trainer=trainer)
@@ -951,7 +984,7 @@ def test_transformers_trains_as_a_trainer_does(hf: SimpleNamespace, name: str, a
     trainer = hf.trainer(model, HF_OPTIMIZERS[name](model), gradient_accumulation_steps=accumulate)
     functions = dict(vars(hf.library.Trainer))
     evaluator = initialised(TransformersEvaluator(trainer), model)
-    assert functions == dict(vars(hf.library.Trainer))
+    assert functions == dict(vars(hf.library.Trainer)) and trainer.optimizer_cls_and_kwargs is None
     before = Snapshot(model)
     assert steps_per_epoch(evaluator, model, {}) == expected
     before.assert_same(model)
@@ -964,6 +997,23 @@ def test_transformers_trains_as_a_trainer_does(hf: SimpleNamespace, name: str, a
         evaluator.train(max_epochs=1)
     evaluator.unbind_model()
     assert calls == [1, 0, 3, 2] * expected
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
+
+
+def test_transformers_passes_on_what_a_loss_is_divided_by_and_patches_no_evaluation(hf: SimpleNamespace) -> None:
+    plain, model, patched = hf.model(), hf.model(), []
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / (num_items_in_batch or 1)
+
+    also = dict(compute_loss_func=loss, eval_dataset=Images(6))
+    arguments = dict(gradient_accumulation_steps=4, eval_strategy="epoch", per_device_eval_batch_size=2)
+    hf.trainer(plain, also=also, **arguments).train()
+    evaluator = initialised(TransformersEvaluator(hf.trainer(model, also=also, **arguments)), model)
+    evaluator.bind_model(model, {})
+    evaluator.patch_loss(lambda loss, batch: patched.append(len(batch["pixel_values"])) or loss)
+    evaluator.train(max_epochs=1)
+    assert patched == [4, 4, 4, 4, 4, 2]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
 
 
@@ -1008,6 +1058,17 @@ def test_a_search_in_transformers_is_a_search_in_a_loop(hf: SimpleNamespace) -> 
     found = searched(evaluator, model, x, 6, max_epochs=1)
     twin.train()
     assert_same_gates(found, own_loop(twin, x, lambda batch: twin(**batch).loss, seen))
+
+
+def test_the_pruner_compresses_in_transformers(hf: SimpleNamespace) -> None:
+    model, x = hf.model(), torch.randn(2, 1, 16, 16)
+    evaluator = TransformersEvaluator(hf.trainer(model, (sgd(model), None)), dummy_input=x)
+    pruner = DNALPruner(model, CONV, evaluator, budget=Budget(flops=0.5))
+    pruner.compress(max_epochs=2)
+    assert pruner._search is not None and pruner._search.done == pruner._search.steps == 12
+    slim = pruner.speedup()
+    assert measure(slim, x).flops / measure(hf.model(), x).flops == pytest.approx(0.5, rel=0.1)
+    assert torch.allclose(slim.eval()(x).logits, model.eval()(x).logits, atol=1e-5)
 
 
 def test_nnis_taylor_pruner_runs_in_transformers(hf: SimpleNamespace) -> None:

@@ -155,6 +155,18 @@ def test_an_error_in_a_fused_training_leaves_the_evaluator_usable(small: nn.Modu
     assert all(bool(value.isfinite().all()) for value in small.state_dict().values())
 
 
+def test_a_training_that_ends_early_is_told(
+    small: nn.Module, x: Tensor, batches: Batches, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(small, batches)
+    whole = run.evaluator.training_func
+    run.evaluator.training_func = lambda *args: whole(*args[:-2], 5, None)
+    pruner = DNALPruner(small, CONV, run.evaluator, budget=HALF)
+    pruner.compress(max_steps=40)
+    assert "the training ended after 5 of the 40 steps" in caplog.text
+    assert smaller(type(small)(), pruner.speedup(), x) == pytest.approx(0.5, rel=0.06)
+
+
 def test_scheduled_pruners_are_refused(small: nn.Module, batches: Batches) -> None:
     pruner = DNALPruner(small, CONV, Run(small, batches).evaluator, budget=HALF)
     with pytest.raises(DNALError, match="has its own schedule.*not inside AGPPruner"):

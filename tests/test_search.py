@@ -65,6 +65,28 @@ def test_arch_lr_is_how_fast_gates_learn(small: nn.Module, x: Tensor, batches: l
             DNALPruner(small, CONV, dummy_input=x, arch_lr=wrong)
 
 
+def test_skipped_steps_and_repeated_closures(
+    small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    """What a GradScaler and LBFGS do: a backward pass without a step, and several of them in one step."""
+    pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
+
+    def backward(factor: float = 1.0) -> None:
+        images, labels = batches[0]
+        (search.penalised(F.cross_entropy(small(images), labels)) * factor).backward()
+
+    with pruner.search(10, progress=False) as search:
+        backward(float("inf"))  # overflowed: neither before_ nor after_optimizer_step is called
+        for _ in range(2):
+            backward()
+            search.before_optimizer_step()
+            backward()
+            backward()
+            search.after_optimizer_step()
+            assert all(gate.value is not None and gate.value.grad is None for gate in pruner.gates.values())
+        assert search.done == 2 and bool(search.score.isfinite().all()) and int(search.bad_step) == -1
+
+
 def test_no_group_closes_past_its_floor_whatever_the_gradient_says(small: nn.Module, x: Tensor) -> None:
     objective = objective_of(small, x, 0.35)
     steps = 200
