@@ -120,7 +120,7 @@ def closed_channels(model: nn.Module, masks: Masks) -> dict[tuple[str, str], Ten
     """
     if not isinstance(masks, Mapping) or not all(isinstance(targets, Mapping) for targets in masks.values()):
         raise DNALError("masks must be what an NNI pruner's compress() returns: {layer: {'weight': mask}}")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # NNI names a shared layer by each of its names
     closed: dict[tuple[str, str], Tensor] = {}
     for path, targets in masks.items():
         if path not in modules:
