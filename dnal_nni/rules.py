@@ -114,6 +114,44 @@ def move(flow: Flow, op: Operation) -> None:
         flow.put(out, arrays, labels.site)
 
 
+def strided(flow: Flow, op: Operation) -> None:
+    """A slice; of one that takes every n-th channel, only whole rows of n channels can go."""
+    move(flow, op)
+    labels, step = op.labels[0], op.argument("step", 1)
+    if labels is None or step == 1:
+        return
+    axis = op.argument("dim", 0) % len(labels.shape)
+    for array in labels.arrays:
+        if axis not in axes_of(array):
+            continue
+        if array.shape[axis] % step:
+            flow.graph.freeze(array, flow.why(f"one of {step} channels is taken"))
+        else:
+            flow.graph.require_rectangle(array.movedim(axis, 0).reshape(array.shape[axis] // step, -1), 0)
+
+
+def by_number(flow: Flow, op: Operation) -> None:
+    """Channels are named by their numbers, which change when others go: a roll, a selection by a fixed index."""
+    labels = op.labels[0]
+    dims = op.argument("dims", op.argument("dim", 0))
+    if labels is not None:
+        rank = len(labels.shape)
+        axes = {dims % rank} if isinstance(dims, int) else {axis % rank for axis in dims or range(rank)}
+        for array in labels.arrays:
+            if axes & set(axes_of(array)):
+                flow.graph.freeze(array, flow.why(f"{op.name} names channels by number"))
+    move(flow, op)
+
+
+def shuffle(flow: Flow, op: Operation) -> None:
+    """Channel shuffle: the same slice of all parts can go."""
+    labels = op.labels[0]
+    for array in labels.arrays if labels else ():
+        if 1 in axes_of(array):
+            flow.graph.require_rectangle(array.movedim(1, 0).reshape(op.argument("groups"), -1), 1)
+    move(flow, op)
+
+
 def reshape(flow: Flow, op: Operation) -> None:
     """Where an axis is split, only whole slices along one of its parts can go."""
     labels = op.labels[0]
@@ -367,15 +405,17 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            *("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice", "flip", "roll", "rot90"),
-            *("repeat", "index_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave"),
-            *("native_channel_shuffle", "diagonal", "unfold"),
+            *("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "flip", "rot90"),
+            *("repeat", "pixel_shuffle", "pixel_unshuffle", "repeat_interleave", "diagonal", "unfold"),
         ),
         move,
     ),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), reshape),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split"), split),
     **dict.fromkeys(("unbind", "select"), unbind),
+    "slice": strided,
+    **dict.fromkeys(("roll", "index_select"), by_number),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shuffle),
     "constant_pad_nd": pad,
     **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], mirror_pad),
     "cat": concat,

@@ -281,17 +281,23 @@ class _Verification:
             group.frozen = failure.reason
 
     def _trial(self, subset: Sequence[ChannelGroup], inputs: Sequence[Any]) -> _Failure | None:
-        """Compare with random masks; and in eval mode, on the quick input, with one unit of each group kept or dropped.
+        """Compare with random masks; and in eval mode, on the quick input, with one unit left of every other group.
 
-        In train mode the statistics of single channels magnify rounding beyond any tolerance.
+        That unit is one that the random mask drops: of two units, each is then left alone once. The groups between are
+        whole, so that what counts on equal numbers is found out. (In train mode the statistics of single channels
+        magnify rounding beyond any tolerance.)
         """
         self.trials += 1
         watch = whole_outputs(self.model, self.groups)
         thorough, both = ["eval", "train", "eval"], ["eval", "train"]
         usual = [(x, thorough if x is self.quick else both) for x in inputs]
-        alone, spared = (random_keep(subset, share, self.trials) for share in (1.0, 0.0))
-        extreme = {name: (alone if i % 2 == self.trials % 2 else spared)[name] for i, name in enumerate(alone)}
-        for keep, runs in ((random_keep(subset, None, self.trials), usual), (extreme, [(self.quick, ["eval"])])):
+        random = random_keep(subset, None, self.trials)
+        alone = {name: torch.arange(len(keep)) == keep.long().argmin() for name, keep in random.items()}
+        extremes = [
+            {name: keep if i % 2 == parity else torch.ones_like(keep) for i, (name, keep) in enumerate(alone.items())}
+            for parity in range(min(2, len(alone)))
+        ]
+        for keep, runs in ((random, usual), *((extreme, [(self.quick, ["eval"])]) for extreme in extremes)):
             gated = cut = self.model
             try:
                 gated, cut = hard_gated_copy(self.model, subset, keep), slim_copy(self.model, subset, keep)

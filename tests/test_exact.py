@@ -1,11 +1,14 @@
 """Gated equals sliced, and the cost model equals fvcore's count of the sliced network."""
 
 import copy
+import itertools
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from cifar_models import MODELS
 from torch import nn
@@ -149,3 +152,51 @@ def test_state_is_carried_over(small: nn.Module, x: torch.Tensor) -> None:
     assert slim.conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
     assert slim.conv1.in_channels == slim.stem.out_channels < 12
+
+
+class Picks(nn.Module):
+    """Two convolutions, a function that takes channels by their place, and a layer that reads what it takes."""
+
+    def __init__(self, channels: int, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.function = nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), function
+        self.head = nn.Linear(function(torch.zeros(1, channels, 2, 2)).shape[1], 3)
+        self.whole = nn.Linear(channels, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.head(self.function(x).mean((2, 3))) + self.whole(x.mean((2, 3)))
+
+
+PLACES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "every other": lambda x: x[:, ::2],
+    "all but the first": lambda x: x[:, 1:],
+    "first two": lambda x: x[:, :2],
+    "first half": lambda x: x[:, : x.shape[1] // 2],
+    "halves swapped": lambda x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1),
+    "chunks swapped": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "halves added": lambda x: x[:, : x.shape[1] // 2] + x[:, -(x.shape[1] // 2) :],
+    "roll": lambda x: x.roll(1, 1),
+    "flip": lambda x: x.flip(1),
+    "pick": lambda x: x.index_select(1, torch.tensor([1, 0])),
+    "last": lambda x: x[:, -1:],
+    "shuffle": lambda x: F.channel_shuffle(x, 2) if x.shape[1] % 2 == 0 else x,
+    "tile": lambda x: x.repeat(1, 2, 1, 1),
+    "unflatten": lambda x: x.reshape(len(x), -1, 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+    if x.shape[1] % 2 == 0
+    else x,
+}
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("name", PLACES)
+def test_small_groups_are_exact_for_every_mask(name: str, channels: int) -> None:
+    torch.manual_seed(0)
+    net, x = Picks(channels, PLACES[name]).double(), torch.randn(4, 3, 4, 4, dtype=torch.float64)
+    groups = find_groups(net, x)
+    verify_and_freeze(net, groups, x, seconds=60)
+    active = [g for g in groups if g.frozen is None]
+    for chosen in itertools.product(*(list(itertools.product([True, False], repeat=g.channels))[:-1] for g in active)):
+        keep = {g.name: torch.tensor(mask) for g, mask in zip(active, chosen)}
+        gated, slim = hard_gated_copy(net, groups, keep), slim_copy(net, groups, keep)
+        assert difference(gated, slim, x)[1] < 1e-9, (keep, [(g.name, g.frozen) for g in groups])
