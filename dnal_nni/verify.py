@@ -236,7 +236,7 @@ class _Verification:
         self.seconds = seconds
         self.groups = groups
         self.model, self.inputs = _trial_form(model, dummy_input)
-        self.quick = min(self.inputs, key=lambda x: sum(t.numel() for t in flatten_tensors(x)))
+        self.quick = min(self.inputs, key=_numel)
         self.tolerance = TOLERANCE[next(p.dtype for p in self.model.parameters() if p.is_floating_point())]
         self.trials = 0
         self.admitted: list[ChannelGroup] = []
@@ -349,11 +349,18 @@ def _runs(model: nn.Module, inputs: Any) -> bool:
 
 def _other_size(inputs: Any) -> Any:
     """The same input half as large in space, from 128 pixels on, or half as large again; None if it is no image."""
+    if isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs):
+        others = tuple(_other_size(x) for x in inputs)
+        return None if any(x is None for x in others) else others
     if not isinstance(inputs, Tensor) or inputs.dim() < 3 or not inputs.is_floating_point():
         return None
     sizes = [n // 64 * 32 if n >= 128 else n + n // 2 for n in inputs.shape[2:]]
     generator = torch.Generator().manual_seed(1)
     return torch.randn((*inputs.shape[:2], *sizes), generator=generator, dtype=inputs.dtype).to(inputs.device)
+
+
+def _numel(inputs: Any) -> int:
+    return sum(t.numel() for t in flatten_tensors(inputs))
 
 
 def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, list[Any]]:
@@ -364,7 +371,7 @@ def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, list[Any
         other = _other_size(full)
         fewest = None if other is None else _fewest_values(trial, other)
         inputs = [full] if fewest is None else [full, other]
-        if fewest is None or other.numel() > full.numel():
+        if fewest is None or _numel(other) > _numel(full):
             fewest = _fewest_values(trial, full)
         if fewest is not None:
             return trial, _conditioned(trial, inputs, fewest)
