@@ -63,7 +63,7 @@ def evaluator(model: nn.Module) -> TorchEvaluator:
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(4, 3, 64, 64, generator=generator), torch.randint(0, 10, (4,))) for _ in range(2)]
 
-    def training(model, optimizer, training_step, scheduler, max_steps, max_epochs):  # type: ignore[no-untyped-def]
+    def training(model, optimizer, training_step, scheduler, max_steps, max_epochs):
         for step in range(max_steps):
             optimizer.zero_grad()
             training_step(batches[step % 2], model).backward()
@@ -95,7 +95,7 @@ def masks_of(pruner: str, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     steps = {"max_steps": STEPS, "max_epochs": None} if pruner in ("Linear", "AGP", "Movement") else {}
     _, masks = compressor.compress(**steps)
     compressor.unwrap_model()
-    return masks  # type: ignore[no-any-return]
+    return masks
 
 
 def hard_gated(model: nn.Module, masks: dict[str, dict[str, Tensor]], x: Tensor) -> nn.Module:
@@ -174,7 +174,7 @@ def nnis_own(model: nn.Module, masks: Any, x: Tensor, reference: nn.Module) -> R
     try:
         cut = ModelSpeedup(copy.deepcopy(model), x[:1], masks).speedup_model()
         return {"nni_flops_after": measure(cut, x[:1]).flops, "nni_difference": largest_difference(reference, cut, x)}
-    except Exception as error:  # noqa: BLE001 what fails in it is what this benchmark is about
+    except Exception as error:  # what fails in it is what this benchmark is about
         first = str(error).splitlines()[0] if str(error) else ""
         return {"nni_error": f"{type(error).__name__}: {first}"[:200]}
 

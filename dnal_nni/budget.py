@@ -64,11 +64,6 @@ class Limits:
     least: Sequence[int]
     most: Sequence[int]
 
-    @classmethod
-    def none(cls, sizes: Sequence[int]) -> Limits:
-        """No limits but that one unit stays."""
-        return cls([1] * len(sizes), list(sizes))
-
 
 class Objective:
     """Costs relative to the dense network that a search holds to targets: one for a budget, one a pool for ratios.

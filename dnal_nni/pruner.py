@@ -19,7 +19,7 @@ from . import selection
 from .budget import Budget, Limits, Objective, exact_cut
 from .cost import CostModel, measure
 from .errors import DNALError
-from .evaluators import check_evaluator, example_input, patch_steps, ready, steps_per_epoch
+from .evaluators import check_evaluator, example_input, patch_steps, ready
 from .gate import GateState, ScaledSigmoidGate
 from .groups import ChannelGroup, groups_of
 from .inject import attach, check_model, detach, is_gated
@@ -27,6 +27,7 @@ from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes
 from .report import GroupReport, Report
 from .search import PAPER_THRESHOLD, Search
 from .slim import slim_copy
+from .steps import steps_per_epoch
 from .verify import check_equal, verify_and_freeze
 
 _logger = logging.getLogger(__name__)

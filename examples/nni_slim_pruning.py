@@ -59,7 +59,7 @@ def evaluate(model: nn.Module) -> float:
     model.eval()
     _, test_loader = prepare_dataloader()
     correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test_loader)
-    return 100 * correct / len(test_loader.dataset)  # type: ignore[arg-type]
+    return 100 * correct / len(test_loader.dataset)
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from dnal_nni.evaluators import (
     example_input,
     patch_steps,
     ready,
-    steps_per_epoch,
 )
+from dnal_nni.steps import steps_per_epoch
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -583,7 +583,7 @@ def test_a_search_steps_between_backward_and_optimizer(name: str, small: nn.Modu
     if name != "scaler":  # whose loop clips the gradients
         evaluator.patch_loss(recorder.expect)
     else:
-        recorder.before = lambda: recorder.steps.append("before")  # type: ignore[method-assign]
+        recorder.before = lambda: recorder.steps.append("before")
     patch_steps(evaluator, recorder.before, recorder.after)
     with ready(evaluator):
         evaluator.train(None, 1)
@@ -820,7 +820,7 @@ def test_lightning_without_a_length_asks_for_max_steps(lightning: SimpleNamespac
             while True:
                 yield torch.randn(1, 8, 8), 3
 
-    class Data(lightning.Data):  # type: ignore[misc]
+    class Data(lightning.Data):
         def setup(self, stage: str) -> None:
             self.set = Endless()
 
@@ -846,7 +846,7 @@ def test_lightnings_example_input(lightning: SimpleNamespace, small: nn.Module, 
     with pytest.raises(TypeError, match="positional arguments"):
         module(*evaluator.get_dummy_input())  # NNI's: images and labels
 
-    class Dicts(lightning.Data):  # type: ignore[misc]
+    class Dicts(lightning.Data):
         def setup(self, stage: str) -> None:
             self.set = [{"image": x[0], "label": 0}] * 8
 

@@ -68,13 +68,13 @@ def vgg() -> nn.Module:
 def single_path_hard_gated(model: nn.Module, masks: Any, x: Tensor) -> Tensor:
     """What a sequential network computes when the masked channels are zero behind their norm and activation."""
     y, gone = x, None
-    for name, module in model.features.named_children():  # type: ignore[union-attr, operator]
+    for name, module in model.features.named_children():
         y = module(y)
         if isinstance(module, nn.Conv2d):
             gone = masks[f"features.{name}"]["weight"].flatten(1).amax(1) == 0
         if isinstance(module, nn.ReLU) and gone is not None:
             y[:, gone] = 0
-    return model.classifier(torch.flatten(model.avgpool(y), 1))  # type: ignore[operator, no-any-return]
+    return model.classifier(torch.flatten(model.avgpool(y), 1))
 
 
 @pytest.mark.parametrize("pruner", [L1NormPruner, L2NormPruner, FPGMPruner])
@@ -304,7 +304,7 @@ def test_what_cannot_shrink_a_model_is_refused() -> None:
     with pytest.raises(DNALError, match="no channel is closed by all of a, b.*use conflicts='vote'"):
         speedup(model, masks, x, conflicts="union")
     with pytest.raises(DNALError, match="conflicts='any'"):
-        speedup(model, masks, x, conflicts="any")  # type: ignore[arg-type]
+        speedup(model, masks, x, conflicts="any")
     level = LevelPruner(model, CONV)
     _, masks = level.compress()
     with pytest.raises(DNALError, match="wrapped by another NNI compressor: call its unwrap_model"):
