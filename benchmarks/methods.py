@@ -253,7 +253,7 @@ def distilled(method: Method) -> Method:
 
 
 def nni_slim(run: Run) -> Generator[None, None, Outcome]:
-    """NNI's SlimPruner, trained as in NNI's example, for half of the epochs; the scaling factors stay in the norms."""
+    """NNI's SlimPruner for half of the epochs, with its default penalty; the scaling factors stay in the weights."""
     epochs = run.args.epochs // 2
     data = batches(run.net, run.train, run.args.batch_size, run.job.seed * 10 + 1, epochs * run.per_epoch)
     keep, state = train_slim(run.job, run.state(), data, run.net.device, run.args.precision, epochs * run.per_epoch)

@@ -1,8 +1,8 @@
 """NNI's own pruners among the methods of `peers.py`: their masks, cut by the vote of `dnal_nni.speedup`.
 
-L1Norm and FPGM take the same share of every layer; Taylor and Slim rank all layers at once (`global_group_id`), as in
-NNI's examples. Masks know no MACs: the sparse ratio is bisected, and what two neighbouring ratios disagree about goes
-by weight, to the channel of the budget.
+As in NNI's examples, every layer is asked for the same share; coupled layers vote, in place of the dependency groups
+that NNI's helper finds (it hangs on some networks). Masks know no MACs: the sparse ratio is bisected, and what two
+neighbouring ratios disagree about goes by weight, to the channel of the budget.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dnal_nni import DNALPruner
 from dnal_nni.masks import closed_channels, decide, votes_on
 from dnal_nni.search import importance
 
-GLOBAL = {"sparse_ratio": 0.01, "global_group_id": 0, "max_sparse_ratio": 0.98}
+LAYERS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -53,25 +53,23 @@ def cut_nni(job: Job, state: Weights, sample: Sample | None = None) -> Tensor:
     from nni.compression.pruning import FPGMPruner, L1NormPruner, TaylorPruner
 
     model = network(job, state)
-    layers = [{"op_types": ["Conv2d"], "sparse_ratio": 0.01}]
     if sample is None:
-        pruner = (L1NormPruner if job.method == "nni_l1" else FPGMPruner)(model, layers)
+        pruner = (L1NormPruner if job.method == "nni_l1" else FPGMPruner)(model, LAYERS)
     else:
         parts = list(zip(sample[0].split(128), sample[1].split(128)))
-        ranked = [{"op_types": ["Conv2d"], **GLOBAL}]
-        pruner = TaylorPruner(model, ranked, evaluator(model, parts, lr=0.0), training_steps=len(parts))
+        pruner = TaylorPruner(model, LAYERS, evaluator(model, parts, lr=0.0), training_steps=len(parts))
     return cut_masks(job, network(job, state), pruner, compressed(pruner))
 
 
 def train_slim(
     job: Job, state: Weights, batches: Batches, device: str, precision: str, steps: int
 ) -> tuple[Tensor, Weights]:
-    """SlimPruner: the units to keep, and the trained tensors with the scaling factors in the norms' weights."""
+    """SlimPruner: the units to keep, and the trained tensors with the scaling factors in the weights."""
     from nni.compression.pruning import SlimPruner
 
     model = network(job, state).to(device, memory_format=torch.channels_last)
     trained = evaluator(model, batches, 0.01, device, precision)
-    pruner = SlimPruner(model, [{"op_types": ["BatchNorm2d"], **GLOBAL}], trained, training_steps=steps)
+    pruner = SlimPruner(model, LAYERS, trained, training_steps=steps)
     metrics = compressed(pruner)
     factors = {name: targets["weight"].detach() for name, targets in pruner.scaling_factors.items()}
     keep = cut_masks(job, network(job, state), pruner, metrics)
