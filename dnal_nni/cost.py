@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .graph import Conv, VertexKey, clone, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
+from .latency import LayerLatency, layer_latencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Complexity:
     Attributes:
         flops: fvcore's count for the whole batch of the input: one fused multiply-add is one flop.
         params: number of parameters.
+        latency: milliseconds of a forward pass, where a budget asked for it (:mod:`dnal_nni.latency`).
     """
 
     flops: int
     params: int
+    latency: float | None = None
 
 
 def flops_by_module(model: nn.Module, dummy_input: Any) -> dict[str, int]:
@@ -64,7 +67,7 @@ def measure(model: nn.Module, dummy_input: Any) -> Complexity:
 
 
 class CostModel:
-    """FLOPs and parameters of the network as differentiable functions of all gates.
+    """FLOPs, parameters and latency of the network as differentiable functions of all gates.
 
     A layer costs ``dense cost * open fraction of its inputs * open fraction of its outputs``; the open fraction of a
     tensor is the mean of the gates of its channels (1 for channels without a gate). At 0/1 gates this is fvcore's count
@@ -74,13 +77,15 @@ class CostModel:
         model: the ungated model.
         groups: its channel groups; those that are not frozen are the gates, in this order.
         dummy_input: what ``measure`` counts.
+        timed: measure the layers' latencies too (some seconds).
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, timed: bool = False) -> None:
         self.active = [g for g in groups if g.frozen is None]
         self.sizes = [g.channels for g in self.active]
         flops_of = flops_by_module(model, dummy_input)
-        self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()))
+        whole, latency_of = layer_latencies(model, dummy_input) if timed else (None, {})
+        self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()), whole)
 
         row_of: dict[VertexKey, int] = {}  # row 0 is the constant 1
         counts: dict[tuple[int, int], int] = defaultdict(int)  # (row, unit) -> channels
@@ -107,7 +112,7 @@ class CostModel:
         self.first = self.last - entries
         self.base = 1 - torch.from_numpy(np.bincount(rows, weight, minlength=len(channels)))
 
-        terms: list[tuple[float, float, int, int]] = []  # flops, params, row a, row b
+        terms: list[tuple[float, float, float, int, int]] = []  # flops, params, latency, row a, row b
         tensors = dict(model.named_parameters())
         buffers = dict(model.named_buffers())
         for path in sorted({path for path, _, _ in row_of}):
@@ -115,23 +120,28 @@ class CostModel:
             if path in buffers:
                 continue
             if path in tensors:
-                terms.append((0.0, tensors[path].numel(), rows_here[0], rows_here[1] if len(rows_here) > 1 else 0))
+                terms.append((0.0, tensors[path].numel(), 0.0, rows_here[0], rows_here[1] if len(rows_here) > 1 else 0))
                 continue
             module = model.get_submodule(path)
-            flops = float(flops_of[path])
+            flops, time = float(flops_of[path]), latency_of.get(path, LayerLatency(0.0, 0.0, 0.0, 0.0))
             if isinstance(module, (Conv, nn.Linear)):
                 a, b = row_of.get((path, "in", None), 0), row_of.get((path, "out", None), 0)
                 a = 0 if whole_groups(module) else a
-                terms.append((flops, module.weight.numel(), a, b))
-                terms.append((0.0, module.bias.numel() if module.bias is not None else 0, b, 0))
+                terms.append((flops, module.weight.numel(), time.by_both, a, b))
+                terms.append((0.0, module.bias.numel() if module.bias is not None else 0, time.by_out, b, 0))
+                if a:
+                    terms.append((0.0, 0.0, time.by_in, a, 0))
             else:
                 own = sum(p.numel() for p in module.parameters(recurse=False))
-                terms.append((flops, own, row_of[path, "both", None], 0))
-        self.flop_terms = torch.tensor([t[0] for t in terms], dtype=torch.float64)
-        self.param_terms = torch.tensor([t[1] for t in terms], dtype=torch.float64)
-        self.a, self.b = torch.tensor([t[2] for t in terms]), torch.tensor([t[3] for t in terms])
+                terms.append((flops, own, time.by_out, row_of[path, "both", None], 0))
+        columns = list(zip(*terms))
+        self.flop_terms, self.param_terms, self.latency_terms = (
+            torch.tensor(column, dtype=torch.float64) for column in columns[:3]
+        )
+        self.a, self.b = (torch.tensor(column) for column in columns[3:])
         self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
         self.param_rest = self.dense.params - float(self.param_terms.sum())
+        self.latency_rest = (whole or 0.0) - float(self.latency_terms.sum())
 
     def to(self, device: torch.device | str) -> CostModel:
         """Move the tables, in place: gates on a GPU are priced there, without a transfer per call."""
@@ -154,3 +164,26 @@ class CostModel:
     def params(self, g: Tensor) -> Tensor:
         """Expected number of parameters ``[...]`` at gates ``g``, float ``[..., units]``."""
         return (self.param_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.param_rest
+
+    def latency(self, g: Tensor) -> Tensor:
+        """Expected milliseconds ``[...]`` at gates ``g``, float ``[..., units]``; only if ``timed``."""
+        return (self.latency_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.latency_rest
+
+    def calibrate(self, g: Tensor, latency: float) -> None:
+        """Take up the latency (ms) that was measured at 0/1 gates ``g``, float64 ``[units]``.
+
+        What of it the layers do not explain is the same at all widths: launching kernels, the interpreter.
+        """
+        assert self.dense.latency is not None
+        saved = (self.dense.latency - latency) / (self.dense.latency - float(self.latency(g)))
+        self.latency_terms *= min(max(saved, 0.05), 1.0)
+        self.latency_rest = self.dense.latency - float(self.latency_terms.sum())
+
+    def latency_state(self) -> dict[str, Any]:
+        """What was measured: another process would measure something else, and go on with another search."""
+        return {"whole": self.dense.latency, "terms": self.latency_terms.cpu(), "rest": self.latency_rest}
+
+    def load_latency_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`latency_state` gave."""
+        self.dense = dataclasses.replace(self.dense, latency=state["whole"])
+        self.latency_terms, self.latency_rest = state["terms"].to(self.latency_terms), state["rest"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, best_of_group, exact_cut, first_ranks, price
+from .budget import Objective, best_of_group, first_ranks, price
+from .cut import exact_cut
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv
@@ -97,7 +98,8 @@ class Scores:
         g = g.to(self.value.dtype).requires_grad_()
         with torch.enable_grad():
             (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
-        worth = -grad.to(self.value.dtype) / marginal.clamp(min=1e-12)  # loss saved per unit of cost
+        # loss saved per unit of cost; that a unit costs (next to) nothing must not drown all others
+        worth = -grad.to(self.value.dtype) / torch.maximum(marginal, 1e-3 * marginal.mean())
         mean_square = worth.square().mean()
         self.scale.copy_(torch.where(self.scale == 0, mean_square, 0.9 * self.scale + 0.1 * mean_square))
         worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
