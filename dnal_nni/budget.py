@@ -79,6 +79,8 @@ class Objective:
         targets: float64 ``[k]``.
         owner: int64 ``[units]``: the target that each unit's price belongs to.
         pool_sizes: int64 ``[k]``: units per target.
+        choices: of each group, whether its units are candidates of a supernet instead of channels.
+        whole: float64 ``[units]``: what each unit costs in the uncut network.
     """
 
     def __init__(
@@ -92,19 +94,24 @@ class Objective:
         self.cost, self.budget, self.limits = cost, budget, limits
         self.sizes = cost.sizes
         self.group_of = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        self.choices = [group.choice for group in cost.active]
+        self._one_of_each = first_ranks(self.sizes, [int(g.choice and g.least > 0) for g in cost.active])
         if budget is not None:
             self.targets = torch.tensor([budget.fraction(cost.dense)], dtype=torch.float64)
             self.owner = torch.zeros_like(self.group_of)
-            self._check_reachable()
         else:
             self.owner = torch.tensor(pools)[self.group_of]
             self.targets = torch.tensor(kept, dtype=torch.float64) / self.owner.bincount()
         self.pool_sizes = self.owner.bincount()
+        g = torch.ones(len(self.group_of), dtype=torch.float64, requires_grad=True)
+        (self.whole,) = torch.autograd.grad(self.relative(g).sum(), g)
+        if budget is not None:
+            self._check_reachable()
 
     def to(self, device: torch.device | str) -> Objective:
         """Move to a device, in place."""
         self.cost.to(device)
-        for name in ("group_of", "targets", "owner", "pool_sizes"):
+        for name in ("group_of", "targets", "owner", "pool_sizes", "whole", "_one_of_each"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -116,29 +123,44 @@ class Objective:
         spent = getattr(self.cost, self.budget.kind)(g)
         return (spent / getattr(self.cost.dense, self.budget.kind)).unsqueeze(-1)
 
+    def hold(self, score: Tensor, price: Tensor) -> Tensor:
+        """Of every choice that must keep a candidate, the one that is worth most, or loses least: bool ``[units]``.
+
+        A candidate is worth its score, less the price, times its cost. Scores are per cost: by themselves they would
+        keep the dearest candidate where nothing but the cheapest fits.
+        """
+        cost = self.whole + 1e-3 * self.whole.mean()  # those that cost nothing are ranked too
+        return best_of_group((score - price) * cost, self.group_of, self._one_of_each)
+
+    def _smallest(self, counts: Sequence[int]) -> Tensor:
+        """Gates with so many open channels in each group, and the cheapest candidates: float64 ``[units]``."""
+        channels = [0 if choice else count for count, choice in zip(counts, self.choices)]
+        nothing = torch.zeros_like(self.whole)
+        return (first_ranks(self.sizes, channels) | self.hold(nothing, nothing + 1.0)).double()
+
     def floor(self) -> list[int]:
-        """Units of each group held open while searching: no group may close whole, or collapse."""
+        """Channels of each group held open while searching: no group may close whole, or collapse.
+
+        0 for choices: which candidate stays is a question of the price, see :meth:`hold`.
+        """
         if self.budget is None:
             return list(self.limits.least)
         fraction = float(self.targets[0])
         while True:
             floor = [
-                min(most, max(least, math.ceil(fraction * size)))
-                for size, least, most in zip(self.sizes, self.limits.least, self.limits.most)
+                0 if choice else min(most, max(least, math.ceil(fraction * size)))
+                for size, least, most, choice in zip(self.sizes, self.limits.least, self.limits.most, self.choices)
             ]
-            least = torch.cat([(torch.arange(s) < f).double() for s, f in zip(self.sizes, floor)])
             # leave room: with every group at its floor there would be nothing left to learn
-            if float(self.relative(least)[0]) <= 0.8 * float(self.targets[0]) or fraction < 1e-3:
+            if float(self.relative(self._smallest(floor))[0]) <= 0.8 * float(self.targets[0]) or fraction < 1e-3:
                 return floor
             fraction *= 0.8
 
     def _check_reachable(self) -> None:
         assert self.budget is not None
         kind, target = self.budget.kind, float(self.targets[0])
-        lowest, highest = (
-            float(self.relative(first_ranks(self.sizes, counts).double())[0])
-            for counts in (self.limits.least, self.limits.most)
-        )
+        most = first_ranks(self.sizes, self.limits.most).double()
+        lowest, highest = (float(self.relative(g)[0]) for g in (self._smallest(self.limits.least), most))
         if lowest > target:
             left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio keeps"
             raise DNALError(
@@ -193,7 +215,7 @@ def gates(s: Tensor, delta: Tensor, held: Tensor, allowed: Tensor) -> Tensor:
 def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
     """The units to keep, bool ``[units]``: in the order of ``s``, as many as the budget allows, to the channel.
 
-    At least ``floor`` units of each group stay. The threshold leaves a gap smaller than one unit; units next in rank
+    At least ``floor`` units of each group of channels stay, and one candidate of every choice. The threshold leaves a gap smaller than one unit; units next in rank
     that still fit close it.
 
     Args:
@@ -201,6 +223,7 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     """
     s = s.detach().double().cpu()
     objective.to("cpu")
+    floor = [0 if choice else count for count, choice in zip(floor, objective.choices)]
     keep = best_of_group(s, objective.group_of, first_ranks(objective.sizes, floor))
     allowed = best_of_group(s, objective.group_of, first_ranks(objective.sizes, objective.limits.most))
     ranked = [i for i in torch.argsort(s, descending=True, stable=True).tolist() if allowed[i] and not keep[i]]
@@ -217,17 +240,22 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     def spent(mask: Tensor) -> float:
         return float(objective.relative(mask.double())[0])
 
+    def best(count: int) -> Tensor:
+        trial = keep.clone()
+        trial[ranked[:count]] = True
+        return trial | objective.hold(s, s[ranked[count]] if count < len(ranked) else s.min())
+
     low, high = 0, len(ranked)
     while low < high:  # the most units that fit
         middle = (low + high + 1) // 2
-        trial = keep.clone()
-        trial[ranked[:middle]] = True
-        low, high = (middle, high) if spent(trial) <= limit else (low, middle - 1)
-    keep[ranked[:low]] = True
+        low, high = (middle, high) if spent(best(middle)) <= limit else (low, middle - 1)
+    keep = best(low)
     for unit in ranked[low:]:
         if limit - spent(keep) < 5e-4 * limit:
             break
+        before = keep
+        keep = keep.clone()
         keep[unit] = True
         if spent(keep) > limit:
-            keep[unit] = False
+            keep = before
     return keep

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import adapt
+from .choices import choices_of
 from .errors import DNALError
 from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, call, clone, flatten_tensors, seeded, varying_axes
 from .trace import Trace
@@ -27,7 +28,7 @@ class Member:
         path: dotted path of the module; of the parameter or buffer, where ``dim`` is not None; of the attribute
             (``blocks.0.attn.num_heads``), where ``side`` is "size".
         side: "out" or "in" of a convolution or linear layer; "both" for what channels pass through; "size" for a number
-            that a module keeps about its channels.
+            that a module keeps about its channels; "choice" for candidates of a supernet, which are not channels.
         channels: int64 ``[n]``, channel indices of that layer.
         units: int64 ``[n]``, the unit of the group that each of these channels belongs to.
         width: number of channels of that side of the layer, those of other groups included.
@@ -63,6 +64,7 @@ class ChannelGroup:
         norms: norms on which a gate can act (empty: none).
         site: where the gate acts: on the affine of ``norms``, or at the input of the consumers.
         frozen: why the group is left whole, or None.
+        least: units that must stay.
     """
 
     name: str
@@ -73,6 +75,12 @@ class ChannelGroup:
     norms: tuple[str, ...] = ()
     site: Site = "input"
     frozen: str | None = None
+    least: int = 1
+
+    @property
+    def choice(self) -> bool:
+        """Whether the units are not channels, but candidates or blocks of a supernet."""
+        return self.members[0].side == "choice"
 
     @property
     def consumers(self) -> tuple[Member, ...]:
@@ -144,7 +152,26 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     for group in groups:
         if names.count(group.name) > 1:
             group.name = f"{group.name}[{_first_channel(group)}:]"
-    return groups
+    return groups + _choice_groups(traced.model)
+
+
+def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
+    """One group for all choices of a label; exact by construction, whatever the rest of the network is."""
+    members: dict[str, list[Member]] = defaultdict(list)
+    least = {}
+    for path, choice in choices_of(model).items():
+        every = torch.arange(len(choice.units))
+        members[choice.label].append(Member(path, "choice", every, every, len(every)))
+        least[choice.label] = choice.least
+        if len(every) != members[choice.label][0].width:
+            raise DNALError(
+                f"{path} and {members[choice.label][0].path} have the label {choice.label!r}, but {len(every)} and "
+                f"{members[choice.label][0].width} candidates: one decision needs the same ones everywhere"
+            )
+    return [
+        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), producers=(), least=least[label])
+        for label, same in members.items()
+    ]
 
 
 def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:

@@ -194,9 +194,13 @@ def _together(layers: Iterable[str], selected: Mapping[str, Setting]) -> Setting
     return Setting(**values)
 
 
-def limits(settings: Sequence[Setting], sizes: Sequence[int]) -> Limits:
+def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup]) -> Limits:
     """Units that each group may keep, from max_sparse_ratio and min_sparse_ratio."""
-    least = [max(1, round((1 - s.max_sparse_ratio) * n)) if s.max_sparse_ratio else 1 for s, n in zip(settings, sizes)]
+    sizes = [group.channels for group in groups]
+    least = [
+        max(1, round((1 - s.max_sparse_ratio) * g.channels)) if s.max_sparse_ratio else g.least
+        for s, g in zip(settings, groups)
+    ]
     most = [max(1, round((1 - (s.min_sparse_ratio or 0.0)) * n)) for s, n in zip(settings, sizes)]
     return Limits(least, [max(pair) for pair in zip(least, most)])
 
