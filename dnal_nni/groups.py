@@ -49,6 +49,11 @@ class Member:
         """Whether this is a parameter or buffer that the forward reads itself."""
         return self.side != "size" and self.dim is not None
 
+    @property
+    def module(self) -> str:
+        """Path of the module that this is, or that has it."""
+        return self.path.rpartition(".")[0] if self.bare or self.side == "size" else self.path
+
 
 @dataclasses.dataclass
 class ChannelGroup:

@@ -480,7 +480,7 @@ class DNALPruner(Pruner):
         left = {path for path, _ in slim.named_modules()}
         for g in self._groups:
             kept = int(self._keep[g.name].sum()) if g.name in self._keep else g.channels
-            if not any(m.path in left or m.path.rpartition(".")[0] in left for m in g.members):
+            if not any(member.module in left for member in g.members):
                 kept = 0  # in a candidate that is gone
             groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
         searched = self._search is not None and self._search.done > 0

@@ -37,6 +37,7 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
     adapt(slim)
     masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)
     chosen: dict[str, list[int]] = {}
+    homes: dict[str, str] = {}
     for group in groups:
         if group.frozen is not None or group.name not in keep:
             continue
@@ -47,13 +48,14 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             if group.choice:
                 chosen[member.path] = keep[group.name].int().tolist()
                 continue
+            homes[member.path] = member.module
             mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
     drop(slim, chosen)
-    left = dict(slim.named_modules())
+    left = {path for path, _ in slim.named_modules()}
     changes: dict[str, Any] = {"choices": chosen, "baked": [], "stored": {}}
     for path, sides in masks.items():
-        if path not in left and path.rpartition(".")[0] not in left:
+        if homes[path] not in left:
             continue  # in a candidate that is gone
         if any(side == "size" for side, _ in sides):
             changes["stored"][path] = _resize(slim, path, sides)
