@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import DNALError as DNALError
     from .masks import speedup as speedup
     from .pruner import DNALPruner as DNALPruner
+    from .strategy import DNALStrategy as DNALStrategy
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOME = {
     "Complexity": "cost",
     "DNALError": "errors",
     "DNALPruner": "pruner",
+    "DNALStrategy": "strategy",
     "load_compressed": "checkpoint",
     "measure": "cost",
     "register_adapter": "adapters",

@@ -95,7 +95,8 @@ class Objective:
         self.sizes = cost.sizes
         self.group_of = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
         self.choices = [group.choice for group in cost.active]
-        self._one_of_each = first_ranks(self.sizes, [int(g.choice and g.least > 0) for g in cost.active])
+        self._must = first_ranks(self.sizes, [g.least if g.choice else 0 for g in cost.active])
+        self._may = first_ranks(self.sizes, [g.most or g.channels for g in cost.active])
         if budget is not None:
             self.targets = torch.tensor([budget.fraction(cost.dense)], dtype=torch.float64)
             self.owner = torch.zeros_like(self.group_of)
@@ -111,7 +112,7 @@ class Objective:
     def to(self, device: torch.device | str) -> Objective:
         """Move to a device, in place."""
         self.cost.to(device)
-        for name in ("group_of", "targets", "owner", "pool_sizes", "whole", "_one_of_each"):
+        for name in ("group_of", "targets", "owner", "pool_sizes", "whole", "_must", "_may"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -123,25 +124,26 @@ class Objective:
         spent = getattr(self.cost, self.budget.kind)(g)
         return (spent / getattr(self.cost.dense, self.budget.kind)).unsqueeze(-1)
 
-    def hold(self, score: Tensor, price: Tensor) -> Tensor:
-        """Of every choice that must keep a candidate, the one that is worth most, or loses least: bool ``[units]``.
+    def candidates(self, score: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+        """What must be open of every choice, and what may, bool ``[units]`` each; channels must not, and may.
 
-        A candidate is worth its score, less the price, times its cost. Scores are per cost: by themselves they would
-        keep the dearest candidate where nothing but the cheapest fits.
+        The candidates that are worth most, or lose least. A candidate is worth its score, less the price, times its
+        cost. Scores are per cost: by themselves they would keep the dearest one where nothing but the cheapest fits.
         """
-        cost = self.whole + 1e-3 * self.whole.mean()  # those that cost nothing are ranked too
-        return best_of_group((score - price) * cost, self.group_of, self._one_of_each)
+        worth = (score - price) * (self.whole + 1e-3 * self.whole.mean())  # those that cost nothing are ranked too
+        must, may = best_of_group(worth, self.group_of, torch.stack([self._must, self._may]))
+        return must, may
 
     def _smallest(self, counts: Sequence[int]) -> Tensor:
         """Gates with so many open channels in each group, and the cheapest candidates: float64 ``[units]``."""
         channels = [0 if choice else count for count, choice in zip(counts, self.choices)]
         nothing = torch.zeros_like(self.whole)
-        return (first_ranks(self.sizes, channels) | self.hold(nothing, nothing + 1.0)).double()
+        return (first_ranks(self.sizes, channels) | self.candidates(nothing, nothing + 1.0)[0]).double()
 
     def floor(self) -> list[int]:
         """Channels of each group held open while searching: no group may close whole, or collapse.
 
-        0 for choices: which candidate stays is a question of the price, see :meth:`hold`.
+        0 for choices: which candidate stays is a question of the price, see :meth:`candidates`.
         """
         if self.budget is None:
             return list(self.limits.least)
@@ -159,7 +161,8 @@ class Objective:
     def _check_reachable(self) -> None:
         assert self.budget is not None
         kind, target = self.budget.kind, float(self.targets[0])
-        most = first_ranks(self.sizes, self.limits.most).double()
+        nothing = torch.zeros_like(self.whole)
+        most = (first_ranks(self.sizes, self.limits.most) & self.candidates(nothing + 1.0, nothing)[1]).double()
         lowest, highest = (float(self.relative(g)[0]) for g in (self._smallest(self.limits.least), most))
         if lowest > target:
             left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio keeps"
@@ -168,9 +171,10 @@ class Objective:
                 f"groups that may be cut, {lowest:.3g} of the {kind} remain; raise the budget or exclude fewer layers"
             )
         if highest < 0.99 * target:
+            limit = "min_sparse_ratio" if bool(self._may.all()) else "single_path"
             raise DNALError(
-                f"Budget({kind}={target:.3g}) is more than min_sparse_ratio leaves ({highest:.3g} of the {kind}): "
-                "lower the budget or min_sparse_ratio"
+                f"Budget({kind}={target:.3g}) is more than {limit} leaves ({highest:.3g} of the {kind}): lower the "
+                f"budget or {'min_sparse_ratio' if limit == 'min_sparse_ratio' else 'switch it off'}"
             )
 
 
@@ -215,8 +219,8 @@ def gates(s: Tensor, delta: Tensor, held: Tensor, allowed: Tensor) -> Tensor:
 def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
     """The units to keep, bool ``[units]``: in the order of ``s``, as many as the budget allows, to the channel.
 
-    At least ``floor`` units of each group of channels stay, and one candidate of every choice. The threshold leaves a gap smaller than one unit; units next in rank
-    that still fit close it.
+    At least ``floor`` units of each group of channels stay, and one candidate of every choice. The threshold leaves a
+    gap smaller than one unit; units next in rank that still fit close it.
 
     Args:
         target: fraction of the dense cost, instead of the budget's own (to correct for what the model cannot see).
@@ -243,7 +247,8 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     def best(count: int) -> Tensor:
         trial = keep.clone()
         trial[ranked[:count]] = True
-        return trial | objective.hold(s, s[ranked[count]] if count < len(ranked) else s.min())
+        must, may = objective.candidates(s, s[ranked[count]] if count < len(ranked) else s.min())
+        return (trial | must) & may
 
     low, high = 0, len(ranked)
     while low < high:  # the most units that fit
@@ -253,6 +258,8 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     for unit in ranked[low:]:
         if limit - spent(keep) < 5e-4 * limit:
             break
+        if objective.choices[objective.group_of[unit]]:
+            continue  # which candidates are open is settled with the price
         before = keep
         keep = keep.clone()
         keep[unit] = True

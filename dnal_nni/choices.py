@@ -30,9 +30,11 @@ class Choice(nn.Module):
 
     Attributes:
         least: units that must stay.
+        most: units that may stay; None: all.
     """
 
     least = 1
+    most: int | None = None
 
     def __init__(self, label: str) -> None:
         super().__init__()

@@ -127,7 +127,8 @@ class CostModel:
             if path in buffers:
                 continue
             if path in tensors:
-                terms.append((path, 0.0, tensors[path].numel(), rows_here[0], rows_here[1] if len(rows_here) > 1 else 0))
+                b = rows_here[1] if len(rows_here) > 1 else 0
+                terms.append((path, 0.0, tensors[path].numel(), rows_here[0], b))
                 continue
             module = model.get_submodule(path)
             flops = float(flops_of[path])

@@ -70,6 +70,7 @@ class ChannelGroup:
         site: where the gate acts: on the affine of ``norms``, or at the input of the consumers.
         frozen: why the group is left whole, or None.
         least: units that must stay.
+        most: candidates that may stay at the end of a search; None: all.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ChannelGroup:
     site: Site = "input"
     frozen: str | None = None
     least: int = 1
+    most: int | None = None
 
     @property
     def choice(self) -> bool:
@@ -163,19 +165,19 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
 def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
     """One group for all choices of a label; exact by construction, whatever the rest of the network is."""
     members: dict[str, list[Member]] = defaultdict(list)
-    least = {}
+    limits = {}
     for path, choice in choices_of(model).items():
         every = torch.arange(len(choice.units))
         members[choice.label].append(Member(path, "choice", every, every, len(every)))
-        least[choice.label] = choice.least
+        limits[choice.label] = choice.least, choice.most
         if len(every) != members[choice.label][0].width:
             raise DNALError(
                 f"{path} and {members[choice.label][0].path} have the label {choice.label!r}, but {len(every)} and "
                 f"{members[choice.label][0].width} candidates: one decision needs the same ones everywhere"
             )
     return [
-        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), producers=(), least=least[label])
-        for label, same in members.items()
+        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), (), least=least, most=most)
+        for same, (least, most) in zip(members.values(), limits.values())
     ]
 
 

@@ -23,6 +23,8 @@ REACH = 1.0
 # From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
 # open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
 SETTLED = 0.75
+# From this share on, no more candidates of a choice are open than may stay, where that is limited.
+NARROWED = 0.5
 
 
 def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
@@ -90,6 +92,7 @@ class Scores:
         self.moving = max(1, round(SETTLED * steps))
         self.pace = torch.tensor([reach / self.moving if t < self.moving else 0.0 for t in range(steps)]).to(start)
         self.settled = torch.arange(steps, device=start.device) >= self.moving
+        self.narrowed = torch.arange(steps, device=start.device) >= NARROWED * steps
         self.structure = torch.ones_like(start)  # 1 open, -1 closed; set by settle
         descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
         self.aims = objective.targets + (0.98 - objective.targets) * descent
@@ -118,7 +121,8 @@ class Scores:
         held, allowed = best_of_group(self.value, self.objective.group_of, self.ranks)
         if len(self.choices):
             free = price(self.objective, self.value, delta, held, allowed, aims)
-            held = held | self.objective.hold(self.value, free[self.objective.owner])
+            must, may = self.objective.candidates(self.value, free[self.objective.owner])
+            held, allowed = held | must, allowed & (may | ~_entry(self.narrowed, step))
         s = self.value - price(self.objective, self.value, delta, held, allowed, aims)[self.objective.owner]
         s = torch.where(held, torch.maximum(s, 6.0 / delta), s)  # held open: far enough on the open side
         s = torch.where(allowed, s, torch.minimum(s, -6.0 / delta))

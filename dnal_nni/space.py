@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from nni.mutable import Categorical, CategoricalMultiple, Mutable, SampleValidationError, ensure_frozen, frozen_context
+from nni.mutable import Categorical, CategoricalMultiple, Mutable, SampleValidationError, frozen_context
 from nni.nas.nn.pytorch import Cell as NNICell
 from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace, MutableModule, ParametrizedModule, Repeat
 from nni.nas.nn.pytorch.cell import create_cell_op_candidates
@@ -41,7 +41,7 @@ _NUMBERS = {
 
 
 def supernet(space: ModelSpace) -> nn.Module:
-    """A network that sums the candidates of ``space``, which is not changed; the names of parameters follow it.
+    """A network that sums the candidates of ``space``, which is not changed: what a file of a cut one is loaded into.
 
     Raises:
         DNALError: for a mutable that this cannot express, by name.
@@ -54,15 +54,16 @@ class Space:
 
     Args:
         space: NNI's model space; it is not changed.
+        single_path: let as many candidates stay in the end as an architecture of NNI's has: one of a LayerChoice.
 
     Attributes:
         supernet: a copy whose mutables are plain modules.
     """
 
-    def __init__(self, space: ModelSpace) -> None:
+    def __init__(self, space: ModelSpace, single_path: bool = False) -> None:
         if not isinstance(space, ModelSpace):
             raise DNALError(f"the model space is a {type(space).__name__}: pass an nni.nas.nn.pytorch.ModelSpace")
-        self.space = space
+        self.space, self.single_path = space, single_path
         self._decoders: dict[str, Callable[[Choice], dict[str, Any]]] = {}
         self._widths: list[tuple[str, str, Mutable]] = []  # layer, attribute, what it is an expression of
         self._known: set[str] = set()
@@ -106,7 +107,7 @@ class Space:
             names = {str(name): name for name in module.names}
             candidates = {name: self._convert(module[key], within + name) for name, key in names.items()}
             self._decode(module.label, lambda left: {module.label: _one(left, names)})
-            return Mixture(candidates, module.label)
+            return self._limited(Mixture(candidates, module.label), 1)
         if isinstance(module, InputChoice):
             return self._inputs(module, path)
         if isinstance(module, Repeat):
@@ -118,8 +119,8 @@ class Space:
         if isinstance(module, MutableModule) and module.mutables:
             labels = ", ".join(repr(label) for mutable in module.mutables for label in mutable.simplify())
             raise DNALError(
-                f"{path or type(module).__name__}: a {type(module).__name__} has the mutables {labels}, and how they act "
-                "is in its own code: express them with LayerChoice, InputChoice, Repeat or a parametrized module"
+                f"{path or 'the space'}: a {type(module).__name__} has the mutables {labels}, and how they act is in "
+                "its own code: express them with LayerChoice, InputChoice, Repeat or a parametrized module"
             )
         if not isinstance(module, nn.Module):
             return module  # a function that a cell calls
@@ -139,6 +140,11 @@ class Space:
             return value.freeze(self._widest)
         return value
 
+    def _limited(self, choice: Choice, count: int | None) -> Any:
+        if self.single_path and count is not None:
+            choice.least = choice.most = count
+        return choice
+
     def _decode(self, label: str, decoder: Callable[[Choice], dict[str, Any]]) -> None:
         self._known.add(label)
         self._decoders[label] = decoder
@@ -157,7 +163,7 @@ class Space:
             return {label: [int(unit) for unit in left.units]}
 
         self._decode(label, decoder)
-        return Inputs(module.n_candidates, module.reduction, label)
+        return self._limited(Inputs(module.n_candidates, module.reduction, label), wanted)
 
     def _repeat(self, module: Repeat, path: str) -> nn.Module:
         depth = module.depth_choice
@@ -195,7 +201,7 @@ class Space:
             labels = [(f"{module.label}/op_{index}_{k}", f"{module.label}/input_{index}_{k}") for k in range(per_node)]
             self._known |= {one for pair in labels for one in pair}
             self._decode(label, _node_decoder(label, labels))
-            nodes.append(Mixture(candidates, label, sources))
+            nodes.append(self._limited(Mixture(candidates, label, sources), per_node))
         before = self._convert(module.preprocessor, f"{path}.preprocessor")
         after = self._convert(module.postprocessor, f"{path}.postprocessor")
         return Cell(nodes, before, after, module.concat_dim)
@@ -226,7 +232,8 @@ class Space:
         ((label, choice),) = others.items()
         names = {str(value).replace(".", "_"): value for value in choice.values}
         self._decode(label, lambda left: {label: _one(left, names)})
-        return Mixture({name: make({label: v}, f"{path}.{name}") for name, v in names.items()}, label)
+        candidates = {name: make({label: value}, f"{path}.{name}") for name, value in names.items()}
+        return self._limited(Mixture(candidates, label), 1)
 
     # -- back to NNI's architecture -----------------------------------------------------------------------------------
 
@@ -304,7 +311,8 @@ def _solutions(expression: Mutable, known: Mapping[str, Any]) -> Iterator[dict[s
 
 def _one(choice: Choice, names: Mapping[str, Any]) -> Any:
     if len(choice.units) != 1:
-        raise DNALError(f"{choice.label} keeps {len(choice.units)} of {len(names)} candidates ({', '.join(choice.units)})")
+        kept = ", ".join(choice.units)
+        raise DNALError(f"{choice.label} keeps {len(choice.units)} of {len(names)} candidates ({kept})")
     return names[choice.units[0]]
 
 
