@@ -244,10 +244,13 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     def spent(mask: Tensor) -> float:
         return float(objective.relative(mask.double())[0])
 
-    def best(count: int) -> Tensor:
-        trial = keep.clone()
+    least = keep
+
+    def best(count: int, above: float = 0.0) -> Tensor:
+        trial = least.clone()
         trial[ranked[:count]] = True
-        must, may = objective.candidates(s, s[ranked[count]] if count < len(ranked) else s.min())
+        price = s[ranked[count]] if count < len(ranked) else s.min()
+        must, may = objective.candidates(s, price + above)
         return (trial | must) & may
 
     low, high = 0, len(ranked)
@@ -255,6 +258,9 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
         middle = (low + high + 1) // 2
         low, high = (middle, high) if spent(best(middle)) <= limit else (low, middle - 1)
     keep = best(low)
+    above = 1e-3
+    while spent(keep) > limit and above < 1e6:  # cheaper candidates, at a price that no unit is worth
+        keep, above = best(0, above), 1.5 * above
     for unit in ranked[low:]:
         if limit - spent(keep) < 5e-4 * limit:
             break

@@ -164,18 +164,16 @@ class Mixture(Choice):
 
 @contextlib.contextmanager
 def _statistics_stand(module: nn.Module) -> Iterator[None]:
-    """Batch norms do not see the batch a second time."""
-    moving = [
-        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
-    ]
-    # in train mode these compute with the batch's own statistics all the same
-    for norm in moving:
-        norm.track_running_stats = not norm.training
+    """Batch norms do not count the batch a second time."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:  # not track_running_stats: the backward pass looks for the tensors of the first run
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in moving:
-            norm.track_running_stats = True
+        for norm, momentum, batches in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class Depth(Choice):
