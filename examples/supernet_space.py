@@ -13,10 +13,10 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from torch import Tensor, nn
 
 FASHION: dict[str, Any] = {
-    "labels": 10, "channels": 1, "stem": 8, "first": 8, "head": 64, "stem_stride": 1,
+    "labels": 10, "channels": 1, "stem": 8, "first": 8, "head": 64, "stem_stride": 2,
     "widths": (12, 16, 24), "cells": (2, 2, 2), "strides": (2, 2, 1),
 }  # fmt: skip
-DIGITS: dict[str, Any] = {**FASHION, "widths": (12, 16), "cells": (2, 2), "strides": (1, 2), "head": 32}
+DIGITS: dict[str, Any] = {**FASHION, "stem_stride": 1, "widths": (12, 16), "cells": (2, 2), "strides": (1, 2), "head": 32}
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
@@ -28,20 +28,22 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 
     return nn.Sequential(*layers, *([nn.ReLU6(inplace=True)] if act else []))
 
 
-def mbconv(inputs: int, outputs: int, kernel: int, expand: int, stride: int) -> nn.Sequential:
+def mbconv(inputs: int, outputs: int, kernel: int, expand: float, stride: int) -> nn.Sequential:
     """Expansion, depthwise convolution, projection."""
-    hidden = inputs * expand
-    first = [conv(inputs, hidden, 1)] if expand > 1 else []
+    hidden = max(1, round(inputs * expand))
+    first = [conv(inputs, hidden, 1)] if expand != 1 else []
     return nn.Sequential(*first, conv(hidden, hidden, kernel, stride, hidden), conv(hidden, outputs, 1, act=False))
 
 
 class Layer(nn.Module):
     """A choice of six blocks; with a shortcut around it where the shape stays."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, label: str) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, hidden: float, label: str) -> None:
         super().__init__()
         kinds = [(kernel, expand) for kernel in (3, 5, 7) for expand in (3, 6)]
-        self.block = LayerChoice({f"k{k}e{e}": mbconv(inputs, outputs, k, e, stride) for k, e in kinds}, label=label)
+        self.block = LayerChoice(
+            {f"k{k}e{e}": mbconv(inputs, outputs, k, hidden * e, stride) for k, e in kinds}, label=label
+        )
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ class Supernet(ModelSpace):
         stem, first, head: widths around the layers.
         stem_stride: of the first convolution.
         widths, cells, strides: of the stages: width, number of layers, stride of the first one.
+        hidden: factor of the widths inside of the candidates.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Supernet(ModelSpace):
         widths: Sequence[int] = (24, 40, 80, 96, 192, 320),
         cells: Sequence[int] = (4, 4, 4, 4, 4, 1),
         strides: Sequence[int] = (2, 2, 2, 1, 2, 1),
+        hidden: float = 1.0,
     ) -> None:
         super().__init__()
         self.stem = conv(channels, stem, 3, stem_stride)
@@ -79,7 +83,7 @@ class Supernet(ModelSpace):
         width = first
         for stage, (outputs, count, stride) in enumerate(zip(widths, cells, strides)):
             for i in range(count):
-                layers.append(Layer(width, outputs, stride if i == 0 else 1, f"stage{stage}_layer{i}"))
+                layers.append(Layer(width, outputs, stride if i == 0 else 1, hidden, f"stage{stage}_layer{i}"))
                 width = outputs
         self.layers = nn.Sequential(*layers)
         self.head = conv(width, head, 1)
