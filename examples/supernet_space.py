@@ -16,7 +16,9 @@ FASHION: dict[str, Any] = {
     "labels": 10, "channels": 1, "stem": 8, "first": 8, "head": 64, "stem_stride": 2,
     "widths": (12, 16, 24), "cells": (2, 2, 2), "strides": (2, 2, 1),
 }  # fmt: skip
-DIGITS: dict[str, Any] = {**FASHION, "stem_stride": 1, "widths": (12, 16), "cells": (2, 2), "strides": (1, 2), "head": 32}
+DIGITS: dict[str, Any] = {
+    **FASHION, "stem_stride": 1, "head": 32, "widths": (12, 16), "cells": (2, 2), "strides": (1, 2)
+}  # fmt: skip
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:

@@ -17,6 +17,7 @@ from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, sa
 from dnal_nni.budget import exact_cut
 from dnal_nni.choices import Cell, Choice, Depth, Inputs, Mixture
 from dnal_nni.gate import GateState, ScaledSigmoidGate
+from dnal_nni.search import Scores
 from dnal_nni.verify import random_keep
 
 ALL = [{"op_types": ["Conv2d", "Linear"]}]
@@ -209,6 +210,23 @@ def test_what_must_stay_of_a_choice_depends_on_the_price() -> None:
     keep = exact_cut(objective, score, [6] * len(sizes), 0.15)  # six channels of the dear one are more than that
     assert keep[first : first + 2].tolist() == [False, True]
     assert float(objective.relative(keep.double())[0]) <= 0.15
+
+
+def test_a_candidate_that_costs_nothing_does_not_slow_down_the_others(everything: tuple[DNALPruner, Tensor]) -> None:
+    pruner, _ = everything
+    objective = pruner._objective
+    assert objective is not None
+    units = sum(objective.sizes)
+    free = objective.whole < 1e-9
+    assert 0 < int(free.sum()) < units  # identities, inputs
+    moved = []
+    for strength in (1.0, 1e6):
+        scores = Scores(objective, torch.ones(units, dtype=torch.float64), 20)
+        grad = torch.randn(units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        grad[free] *= strength
+        scores.update(grad, torch.ones(units), 0)
+        moved.append(scores.value[torch.tensor(objective.choices)[objective.group_of].logical_not()])
+    assert torch.equal(*moved)  # what channels are worth is measured among channels
 
 
 # -- sequential evaluation --------------------------------------------------------------------------------------------

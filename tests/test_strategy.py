@@ -244,6 +244,17 @@ def test_a_saved_network_is_loaded_into_a_fresh_supernet(tmp_path: Path) -> None
     assert torch.equal(loaded.eval()(x), slim.eval()(x))
 
 
+def test_the_page_about_supernets_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning writes its logs there
+    page = (Path(__file__).parents[1] / "docs" / "supernets.md").read_text()
+    first, second = (part.split("```")[0] for part in page.split("```python\n")[1:])
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["strategy"].report.after.flops <= 80_000
+    exec(second, names)
+    assert [g.name for g in names["pruner"].groups if g.choice] == ["1", "3"]
+
+
 # -- spaces -----------------------------------------------------------------------------------------------------------
 
 
