@@ -12,11 +12,12 @@ import dataclasses
 import math
 from collections.abc import Generator
 
+import methods
 import peers
 import torch
 from torch import Tensor
 
-from dnal_nni.budget import Objective, floor_ranks
+from dnal_nni.budget import Objective, first_ranks
 from dnal_nni.search import Scores
 
 
@@ -51,7 +52,7 @@ def floor_of(objective: Objective, share: float) -> list[int]:
     fraction = 1.0
     while True:
         floor = [max(1, math.ceil(fraction * size)) for size in objective.sizes]
-        least = floor_ranks(objective.sizes, floor).double()
+        least = first_ranks(objective.sizes, floor).double()
         if float(objective.relative(least)[0]) <= share * float(objective.targets[0]) or fraction < 1e-3:
             return floor
         fraction *= 0.97
@@ -66,7 +67,7 @@ class Changed(Scores):
         if change.open is not None:
             self.floor = floor_of(objective.to("cpu"), change.open)
             objective.to(start.device)
-            self.within_floor = floor_ranks(objective.sizes, self.floor).to(start.device)
+            self.ranks[0] = first_ranks(objective.sizes, self.floor).to(start.device)
         if change.delta is not None:
             ratio = 1e4 / change.delta
             self.delta = torch.tensor([change.delta * ratio ** (t / max(1, steps - 1)) for t in range(steps)]).to(start)
@@ -94,10 +95,10 @@ class Changed(Scores):
         self.value.copy_(self.first + self.change.reach * trust * (worth - worth.mean()))
 
 
-def method(change: Change) -> peers.Method:
-    def run_it(run: peers.Run) -> Generator[None, None, peers.Outcome]:
+def method(change: Change) -> methods.Method:
+    def run_it(run: methods.Run) -> Generator[None, None, methods.Outcome]:
         return (
-            yield from peers.searched(
+            yield from methods.searched(
                 run,
                 change.epochs or run.args.search_epochs,
                 lambda *args: Changed(*args, change),
@@ -127,8 +128,8 @@ CHANGES = {
 
 
 def main() -> None:
-    peers.METHODS.clear()
-    peers.METHODS.update({name: method(change) for name, change in CHANGES.items()})
+    methods.METHODS.clear()
+    methods.METHODS.update({name: method(change) for name, change in CHANGES.items()})
     peers.LINES = "ablations.jsonl"
     peers.main()
 

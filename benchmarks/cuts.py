@@ -27,9 +27,10 @@ from cifar_models import MODELS, init_weights
 from engine import Weights
 
 from dnal_nni import Budget, DNALPruner, measure
-from dnal_nni.budget import exact_cut
+from dnal_nni.cut import exact_cut
 from dnal_nni.search import importance
 
+Sample = tuple[Tensor, Tensor]  # images float [n, 3, 32, 32], labels int64 [n]
 CONV = [{"op_types": ["Conv2d"]}]
 
 
@@ -167,7 +168,7 @@ RANKS: dict[str, Callable[[], tp.importance.Importance]] = {
 }
 
 
-def cut_torch_pruning(job: Job, state: Weights, sample: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def cut_torch_pruning(job: Job, state: Weights, sample: Sample | None = None) -> Tensor:
     """torch-pruning's ranking; an importance that needs gradients takes those of the loss on ``sample``."""
     model = network(job, state)
     ours = gated(copy.deepcopy(model), job.budget)

@@ -26,6 +26,7 @@ from dnal_nni import DNALPruner
 from dnal_nni.gate import AffineGate
 
 WARM_UP_STEPS = 3  # ordinary steps ahead of a CUDA graph
+TEMPERATURE = 4.0  # of soft labels (Hinton et al., arXiv 1503.02531)
 
 Weights = dict[str, Tensor]
 
@@ -81,8 +82,20 @@ class Net:
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
             return torch.func.functional_call(self.template, {**weights, **gated}, (images,))
 
-    def loss(self, weights: Weights, g: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(weights, g, images).float(), labels)
+    def loss(
+        self, weights: Weights, g: Tensor, images: Tensor, labels: Tensor, teacher: Weights | None = None
+    ) -> Tensor:
+        """Cross entropy; with a teacher, half of it and half of the divergence from the teacher's soft labels."""
+        logits = self.logits(weights, g, images).float()
+        loss = F.cross_entropy(logits, labels)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            self.template.eval()
+            aim = self.logits(teacher, torch.ones_like(g), images).float()
+            self.template.train()
+        soft, aim = (F.log_softmax(x / TEMPERATURE, 1) for x in (logits, aim))
+        return 0.5 * (loss + TEMPERATURE**2 * F.kl_div(soft, aim, reduction="batchmean", log_target=True))
 
     def normalised(self, pixels: Tensor, data: Data) -> Tensor:
         """uint8 [n, 32, 32, c] -> [n, 3, 32, 32] in channels_last; a grey image becomes three equal channels."""
@@ -147,6 +160,7 @@ class Training:
             (int64 [1]); moves ``g``.
         frozen: whether the weights stand still.
         between: called once, ahead of the step with this number.
+        teacher: the uncut network's tensors, which gives soft labels.
     """
 
     def __init__(
@@ -165,10 +179,11 @@ class Training:
         architecture: Callable[[Tensor, Tensor], None] | None = None,
         frozen: bool = False,
         between: tuple[int, Callable[[], None]] | None = None,
+        teacher: Weights | None = None,
     ) -> None:
         self.net, self.weights, self.g, self.data, self.size, self.seed = net, weights, g, data, batch_size, seed
         self.first_epoch, self.regularise, self.architecture = first_epoch, regularise, architecture
-        self.frozen, self.between = frozen, between
+        self.frozen, self.between, self.teacher = frozen, between, teacher
         self.count = len(lr)
         self.lr = torch.tensor(lr, dtype=torch.float32, device=net.device)
         self.time = torch.zeros(1, dtype=torch.int64, device=net.device)
@@ -209,7 +224,7 @@ class Training:
             self.optimizer.param_groups[0]["lr"] = float(rate)
         self.g.grad = None
         self.optimizer.zero_grad(set_to_none=True)
-        self.net.loss(self.weights, self.g, images, labels).backward()
+        self.net.loss(self.weights, self.g, images, labels, self.teacher).backward()
         if not self.frozen:
             if self.regularise is not None:
                 with torch.no_grad():

@@ -32,7 +32,7 @@ _HOME = {
     "save_compressed": "checkpoint",
     "speedup": "masks",
 }
-__all__ = list(_HOME)
+__all__ = [name for name in _HOME if name != "DNALStrategy"]  # for which pytorch_lightning must be installed
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
-"""The budget, the price that holds the search to it, and the cut that hits it to the channel."""
+"""The budget, what a search is held to, and the price that holds it there."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +15,15 @@ from .errors import DNALError
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the compressed network may cost. Exactly one of the three; a value <= 1 is the fraction to keep.
+    """What the compressed network may cost. Of several limits, all hold, and the tightest is met.
+
+    Up to 1 a value is the fraction to keep, above 1 an absolute number.
 
     Args:
         flops: fvcore's count (one multiply-add is one flop).
         params: number of parameters.
-        latency: not supported yet.
+        latency: milliseconds of a forward pass on the dummy input, on the device, and with the number of threads and
+            the autocast, with which the pruner is made (of a network faster than 1 ms: the fraction).
     """
 
     flops: float | None = None
@@ -28,41 +31,47 @@ class Budget:
     latency: float | None = None
 
     def __post_init__(self) -> None:
-        if self.latency is not None:
-            raise DNALError("Budget(latency=...) is not supported yet: give flops= or params= instead")
-        if (self.flops is None) == (self.params is None):
-            raise DNALError("Budget needs exactly one of flops= and params=, for example Budget(flops=0.5)")
-        value = self.flops if self.flops is not None else self.params
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        if not ok:
-            raise DNALError(
-                f"Budget({self.kind}={value!r}): must be a number > 0; up to 1 it is the fraction to keep, above 1 an "
-                "absolute count"
-            )
+        if not self.limits:
+            raise DNALError("Budget needs flops=, params= or latency=, for example Budget(flops=0.5)")
+        for kind, value in self.limits.items():
+            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+            if not ok:
+                raise DNALError(
+                    f"Budget({kind}={value!r}): must be a number > 0; up to 1 it is the fraction to keep, above 1 an "
+                    "absolute number"
+                )
 
     @property
-    def kind(self) -> str:
-        """The name of what is limited."""
-        return "flops" if self.flops is not None else "params"
+    def limits(self) -> dict[str, float]:
+        """What is limited, and to what: by the names of the arguments."""
+        return {kind: value for kind, value in vars(self).items() if value is not None}
 
-    def fraction(self, dense: Complexity) -> float:
-        """The fraction of ``dense`` to keep; an error where it is more than there is."""
-        value = self.flops if self.flops is not None else self.params
-        assert value is not None
-        whole = getattr(dense, self.kind)
-        if value > whole:
-            raise DNALError(
-                f"Budget({self.kind}={value:g}) is more than the model has ({whole}): give less, or a fraction up to 1"
-            )
-        return value / whole if value > 1 else value
+    def fractions(self, dense: Complexity) -> dict[str, float]:
+        """The fraction of ``dense`` that each limit keeps; an error where it is more than there is."""
+        kept = {}
+        for kind, value in self.limits.items():
+            whole = getattr(dense, kind)
+            if value > 1 and value > whole:
+                raise DNALError(
+                    f"Budget({kind}={value:g}) is more than the model has ({whole:g}): give less, or a fraction up to 1"
+                )
+            kept[kind] = value / whole if value > 1 else value
+        return kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How many units of each group a search may leave: at least ``least`` and at most ``most``, each ``[groups]``."""
+    """How many units of each group a search may leave.
+
+    Attributes:
+        least: at least so many, ``[groups]``.
+        most: at most so many, ``[groups]``.
+        multiples: units that go together, ``[groups]``; a group keeps a multiple of that, or all that it has.
+    """
 
     least: Sequence[int]
     most: Sequence[int]
+    multiples: Sequence[int]
 
 
 class Objective:
@@ -98,7 +107,8 @@ class Objective:
         self._must = first_ranks(self.sizes, [g.least if g.choice else 0 for g in cost.active])
         self._may = first_ranks(self.sizes, [g.most or g.channels for g in cost.active])
         if budget is not None:
-            self.targets = torch.tensor([budget.fraction(cost.dense)], dtype=torch.float64)
+            self.fractions = budget.fractions(cost.dense)
+            self.targets = torch.tensor([min(self.fractions.values())], dtype=torch.float64)
             self.owner = torch.zeros_like(self.group_of)
         else:
             self.owner = torch.tensor(pools)[self.group_of]
@@ -117,12 +127,26 @@ class Objective:
         return self
 
     def relative(self, g: Tensor) -> Tensor:
-        """Cost ``[..., k]`` at gates ``g`` (float ``[..., units]``), as fractions of the dense one."""
+        """Cost ``[..., k]`` at gates ``g`` (float ``[..., units]``), as fractions of the dense one.
+
+        Of several limits, the cost is that which is over its limit by the largest factor, times the lowest limit.
+        """
         if self.budget is None:
             open_units = g.new_zeros(*g.shape[:-1], len(self.targets)).index_add(-1, self.owner, g)
             return open_units / self.pool_sizes
-        spent = getattr(self.cost, self.budget.kind)(g)
-        return (spent / getattr(self.cost.dense, self.budget.kind)).unsqueeze(-1)
+        return self._tightest({kind: getattr(self.cost, kind)(g) for kind in self.fractions}).unsqueeze(-1)
+
+    def measured(self, size: Complexity) -> float:
+        """The same of a network that was measured."""
+        return float(self._tightest({kind: torch.tensor(float(getattr(size, kind))) for kind in self.fractions}))
+
+    def _tightest(self, spent: Mapping[str, Tensor]) -> Tensor:
+        lowest = min(self.fractions.values())
+        over = [
+            spent[kind] / getattr(self.cost.dense, kind) * (lowest / fraction)
+            for kind, fraction in self.fractions.items()
+        ]
+        return torch.stack(over).amax(0)
 
     def candidates(self, score: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
         """What must be open of every choice, and what may, bool ``[units]`` each; channels must not, and may.
@@ -150,8 +174,10 @@ class Objective:
         fraction = float(self.targets[0])
         while True:
             floor = [
-                0 if choice else min(most, max(least, math.ceil(fraction * size)))
-                for size, least, most, choice in zip(self.sizes, self.limits.least, self.limits.most, self.choices)
+                0 if choice else min(most, max(least, multiple * math.ceil(fraction * size / multiple)))
+                for size, least, most, multiple, choice in zip(
+                    self.sizes, self.limits.least, self.limits.most, self.limits.multiples, self.choices
+                )
             ]
             # leave room: with every group at its floor there would be nothing left to learn
             if float(self.relative(self._smallest(floor))[0]) <= 0.8 * float(self.targets[0]) or fraction < 1e-3:
@@ -159,22 +185,21 @@ class Objective:
             fraction *= 0.8
 
     def _check_reachable(self) -> None:
-        assert self.budget is not None
-        kind, target = self.budget.kind, float(self.targets[0])
+        asked, target = ", ".join(f"{k}={v:.3g}" for k, v in self.fractions.items()), float(self.targets[0])
         nothing = torch.zeros_like(self.whole)
         most = (first_ranks(self.sizes, self.limits.most) & self.candidates(nothing + 1.0, nothing)[1]).double()
         lowest, highest = (float(self.relative(g)[0]) for g in (self._smallest(self.limits.least), most))
         if lowest > target:
-            left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio keeps"
+            left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio and channel_multiple keep"
             raise DNALError(
-                f"Budget({kind}={target:.3g}) cannot be reached: with {left} in each of the {len(self.sizes)} channel "
-                f"groups that may be cut, {lowest:.3g} of the {kind} remain; raise the budget or exclude fewer layers"
+                f"Budget({asked}) cannot be reached: with {left} in each of the {len(self.sizes)} channel groups that "
+                f"may be cut, {lowest / target:.3g} times the budget remains; raise it or exclude fewer layers"
             )
         if highest < 0.99 * target:
             limit = "min_sparse_ratio" if bool(self._may.all()) else "single_path"
             raise DNALError(
-                f"Budget({kind}={target:.3g}) is more than {limit} leaves ({highest:.3g} of the {kind}): lower the "
-                f"budget or {'min_sparse_ratio' if limit == 'min_sparse_ratio' else 'switch it off'}"
+                f"Budget({asked}) is more than {limit} leaves ({highest / target:.3g} times the budget): lower the "
+                f"budget or {limit}"
             )
 
 
@@ -190,9 +215,7 @@ def first_ranks(sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(size) < count for size, count in zip(sizes, counts)])
 
 
-def price(
-    objective: Objective, score: Tensor, delta: Tensor, held: Tensor, allowed: Tensor, targets: Tensor
-) -> Tensor:
+def price(objective: Objective, score: Tensor, delta: Tensor, held: Tensor, allowed: Tensor, targets: Tensor) -> Tensor:
     """The price per target at which ``sigmoid(delta * (score - price))`` costs ``targets``, without a host sync.
 
     The cost falls as the price rises, so a bracket is narrowed: 32 prices at a time (one pass over the cost model), to
@@ -214,61 +237,3 @@ def price(
 def gates(s: Tensor, delta: Tensor, held: Tensor, allowed: Tensor) -> Tensor:
     """``sigmoid(delta * s)``, 1 where held open, 0 where not allowed to be."""
     return torch.where(held, torch.ones_like(s), torch.sigmoid(delta * s)) * allowed
-
-
-def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
-    """The units to keep, bool ``[units]``: in the order of ``s``, as many as the budget allows, to the channel.
-
-    At least ``floor`` units of each group of channels stay, and one candidate of every choice. The threshold leaves a
-    gap smaller than one unit; units next in rank that still fit close it.
-
-    Args:
-        target: fraction of the dense cost, instead of the budget's own (to correct for what the model cannot see).
-    """
-    s = s.detach().double().cpu()
-    objective.to("cpu")
-    floor = [0 if choice else count for count, choice in zip(floor, objective.choices)]
-    keep = best_of_group(s, objective.group_of, first_ranks(objective.sizes, floor))
-    allowed = best_of_group(s, objective.group_of, first_ranks(objective.sizes, objective.limits.most))
-    ranked = [i for i in torch.argsort(s, descending=True, stable=True).tolist() if allowed[i] and not keep[i]]
-    if objective.budget is None:
-        room = (objective.targets * objective.pool_sizes).round().long()
-        room -= torch.zeros_like(room).index_add(0, objective.owner, keep.long())
-        for unit in ranked:
-            if room[objective.owner[unit]] > 0:
-                keep[unit] = True
-                room[objective.owner[unit]] -= 1
-        return keep
-    limit = float(objective.targets[0]) if target is None else target
-
-    def spent(mask: Tensor) -> float:
-        return float(objective.relative(mask.double())[0])
-
-    least = keep
-
-    def best(count: int, above: float = 0.0) -> Tensor:
-        trial = least.clone()
-        trial[ranked[:count]] = True
-        price = s[ranked[count]] if count < len(ranked) else s.min()
-        must, may = objective.candidates(s, price + above)
-        return (trial | must) & may
-
-    low, high = 0, len(ranked)
-    while low < high:  # the most units that fit
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if spent(best(middle)) <= limit else (low, middle - 1)
-    keep = best(low)
-    above = 1e-3
-    while spent(keep) > limit and above < 1e6:  # cheaper candidates, at a price that no unit is worth
-        keep, above = best(0, above), 1.5 * above
-    for unit in ranked[low:]:
-        if limit - spent(keep) < 5e-4 * limit:
-            break
-        if objective.choices[objective.group_of[unit]]:
-            continue  # which candidates are open is settled with the price
-        before = keep
-        keep = keep.clone()
-        keep[unit] = True
-        if spent(keep) > limit:
-            keep = before
-    return keep

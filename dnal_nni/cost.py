@@ -18,6 +18,7 @@ from .choices import choices_of
 from .graph import Conv, VertexKey, clone, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
+from .latency import LayerLatency, layer_latencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Complexity:
     Attributes:
         flops: fvcore's count for the whole batch of the input: one fused multiply-add is one flop.
         params: number of parameters.
+        latency: milliseconds of a forward pass, where a budget asked for it (:mod:`dnal_nni.latency`).
     """
 
     flops: int
     params: int
+    latency: float | None = None
 
 
 def flops_by_module(model: nn.Module, dummy_input: Any) -> dict[str, int]:
@@ -69,7 +72,7 @@ def _lies_in(path: str, part: str) -> bool:
 
 
 class CostModel:
-    """FLOPs and parameters of the network as differentiable functions of all gates.
+    """FLOPs, parameters and latency of the network as differentiable functions of all gates.
 
     A layer costs ``dense cost * open fraction of its inputs * open fraction of its outputs``; the open fraction of a
     tensor is the mean of the gates of its channels (1 for channels without a gate). What lies in a candidate of a
@@ -80,13 +83,15 @@ class CostModel:
         model: the ungated model.
         groups: its channel groups; those that are not frozen are the gates, in this order.
         dummy_input: what ``measure`` counts.
+        timed: measure the layers' latencies too (some seconds).
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, timed: bool = False) -> None:
         self.active = [g for g in groups if g.frozen is None]
         self.sizes = [g.channels for g in self.active]
         flops_of = flops_by_module(model, dummy_input)
-        self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()))
+        whole, latency_of = layer_latencies(model, dummy_input) if timed else (None, {})
+        self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()), whole)
 
         row_of: dict[VertexKey, int] = {}  # row 0 is the constant 1
         counts: dict[tuple[int, int], int] = defaultdict(int)  # (row, unit) -> channels
@@ -119,7 +124,8 @@ class CostModel:
         self.first = self.last - entries
         self.base = 1 - torch.from_numpy(np.bincount(rows, weight, minlength=len(channels)))
 
-        terms: list[tuple[str, float, float, int, int]] = []  # place, flops, params, row a, row b
+        # place, flops, params, latency, row a, row b
+        terms: list[tuple[str, float, float, float, int, int]] = []
         tensors = dict(model.named_parameters())
         buffers = dict(model.named_buffers())
         for path in sorted({path for path, side, _ in row_of if side != "choice"}):
@@ -128,18 +134,20 @@ class CostModel:
                 continue
             if path in tensors:
                 b = rows_here[1] if len(rows_here) > 1 else 0
-                terms.append((path, 0.0, tensors[path].numel(), rows_here[0], b))
+                terms.append((path, 0.0, tensors[path].numel(), 0.0, rows_here[0], b))
                 continue
             module = model.get_submodule(path)
-            flops = float(flops_of[path])
+            flops, time = float(flops_of[path]), latency_of.get(path, LayerLatency(0.0, 0.0, 0.0, 0.0))
             if isinstance(module, (Conv, nn.Linear)):
                 a, b = row_of.get((path, "in", None), 0), row_of.get((path, "out", None), 0)
                 a = 0 if whole_groups(module) else a
-                terms.append((path, flops, module.weight.numel(), a, b))
-                terms.append((path, 0.0, module.bias.numel() if module.bias is not None else 0, b, 0))
+                terms.append((path, flops, module.weight.numel(), time.by_both, a, b))
+                terms.append((path, 0.0, module.bias.numel() if module.bias is not None else 0, time.by_out, b, 0))
+                if a:
+                    terms.append((path, 0.0, 0.0, time.by_in, a, 0))
             else:
                 own = sum(p.numel() for p in module.parameters(recurse=False))
-                terms.append((path, flops, own, row_of[path, "both", None], 0))
+                terms.append((path, flops, own, time.by_out, row_of[path, "both", None], 0))
 
         parts = {
             f"{path}.{part}": [row_of[path, "choice", unit] for unit in units]
@@ -148,19 +156,24 @@ class CostModel:
             if units and (path, "choice", 0) in row_of
         }
         for part in sorted(parts, key=len, reverse=True):  # what does not go with channels goes with its candidate
-            inside = [t for t in terms if _lies_in(t[0], part)]
-            params = sum(p.numel() for p in model.get_submodule(part).parameters())
-            rest = flops_of[part] - sum(t[1] for t in inside), params - sum(t[2] for t in inside)
-            terms.append((part, *rest, 0, 0))
+            flops, params = float(flops_of[part]), float(sum(p.numel() for p in model.get_submodule(part).parameters()))
+            ms = float(sum(sum(layer) for path, layer in latency_of.items() if _lies_in(path, part)))
+            for place, *costs, _, _ in terms:
+                if _lies_in(place, part):
+                    flops, params, ms = flops - costs[0], params - costs[1], ms - costs[2]
+            terms.append((part, flops, params, ms, 0, 0))
         around = [[row for part, rows in parts.items() if _lies_in(t[0], part) for row in rows] for t in terms]
         nesting = max(map(len, around), default=0)
         # [nesting, terms]: the gates that each term is multiplied by
         self.around = torch.tensor([rows + [0] * (nesting - len(rows)) for rows in around], dtype=torch.int64).T
-        self.flop_terms = torch.tensor([t[1] for t in terms], dtype=torch.float64)
-        self.param_terms = torch.tensor([t[2] for t in terms], dtype=torch.float64)
-        self.a, self.b = torch.tensor([t[3] for t in terms]), torch.tensor([t[4] for t in terms])
+        columns = list(zip(*terms))
+        self.flop_terms, self.param_terms, self.latency_terms = (
+            torch.tensor(column, dtype=torch.float64) for column in columns[1:4]
+        )
+        self.a, self.b = (torch.tensor(column) for column in columns[4:])
         self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
         self.param_rest = self.dense.params - float(self.param_terms.sum())
+        self.latency_rest = (whole or 0.0) - float(self.latency_terms.sum())
 
     def to(self, device: torch.device | str) -> CostModel:
         """Move the tables, in place: gates on a GPU are priced there, without a transfer per call."""
@@ -186,3 +199,26 @@ class CostModel:
     def params(self, g: Tensor) -> Tensor:
         """Expected number of parameters ``[...]`` at gates ``g``, float ``[..., units]``."""
         return (self.param_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.param_rest
+
+    def latency(self, g: Tensor) -> Tensor:
+        """Expected milliseconds ``[...]`` at gates ``g``, float ``[..., units]``; only if ``timed``."""
+        return (self.latency_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.latency_rest
+
+    def calibrate(self, g: Tensor, latency: float) -> None:
+        """Take up the latency (ms) that was measured at 0/1 gates ``g``, float64 ``[units]``.
+
+        What of it the layers do not explain is the same at all widths: launching kernels, the interpreter.
+        """
+        assert self.dense.latency is not None
+        saved = (self.dense.latency - latency) / (self.dense.latency - float(self.latency(g)))
+        self.latency_terms *= min(max(saved, 0.05), 1.0)
+        self.latency_rest = self.dense.latency - float(self.latency_terms.sum())
+
+    def latency_state(self) -> dict[str, Any]:
+        """What was measured: another process would measure something else, and go on with another search."""
+        return {"whole": self.dense.latency, "terms": self.latency_terms.cpu(), "rest": self.latency_rest}
+
+    def load_latency_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`latency_state` gave."""
+        self.dense = dataclasses.replace(self.dense, latency=state["whole"])
+        self.latency_terms, self.latency_rest = state["terms"].to(self.latency_terms), state["rest"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import OrderedDict
@@ -16,16 +17,18 @@ from schema import SchemaError
 from torch import Tensor, nn
 
 from . import selection
-from .budget import Budget, Limits, Objective, exact_cut
-from .cost import CostModel, measure
+from .budget import Budget, Limits, Objective
+from .cost import Complexity, CostModel, measure
+from .cut import exact_cut
 from .errors import DNALError
 from .evaluators import check_evaluator, example_input, patch_steps, ready
 from .gate import GateState, ScaledSigmoidGate
 from .groups import ChannelGroup, groups_of
 from .inject import attach, check_model, detach, is_gated
+from .latency import latencies
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
 from .report import GroupReport, Report
-from .search import PAPER_THRESHOLD, Search
+from .search import PAPER_THRESHOLD, Search, importance
 from .slim import slim_copy
 from .steps import steps_per_epoch
 from .verify import check_equal, verify_and_freeze
@@ -53,6 +56,7 @@ class DNALPruner(Pruner):
         arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
             score over the whole search (scores start at 1 on average); None is 1. In the paper's, the learning rate of
             SGD on ``s``; None is 0.01.
+        channel_multiple: channels that layers keep come in multiples of this number, or whole (8 suits most devices).
         verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then are left whole.
         existed_wrappers: NNI's wrappers of another compressor; given by :meth:`from_compressor`.
 
@@ -71,6 +75,7 @@ class DNALPruner(Pruner):
         preset: Literal["default", "paper"] = "default",
         lambda_: float = 1e-4,
         arch_lr: float | None = None,
+        channel_multiple: int = 1,
         verify_seconds: float = 60.0,
         existed_wrappers: dict[str, Any] | None = None,
     ) -> None:
@@ -78,6 +83,8 @@ class DNALPruner(Pruner):
             raise DNALError(f"preset={preset!r}: choose 'default' or 'paper'")
         if arch_lr is not None and not 0 <= arch_lr < float("inf"):
             raise DNALError(f"arch_lr={arch_lr!r}: must be a number >= 0, or None for the preset's own")
+        if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
+            raise DNALError(f"channel_multiple={channel_multiple!r}: must be a whole number >= 1")
         if budget is not None and not isinstance(budget, Budget):
             raise DNALError(f"budget={budget!r}: pass a Budget, for example Budget(flops=0.5)")
         check_model(model)
@@ -96,7 +103,7 @@ class DNALPruner(Pruner):
         if not self._selected:
             raise DNALError("config_list selects no layer of the model: widen op_types / op_names, or exclude less")
         self.budget, self.preset, self.lambda_, self.verify_seconds = budget, preset, lambda_, verify_seconds
-        self.arch_lr = arch_lr
+        self.arch_lr, self.channel_multiple = arch_lr, channel_multiple
         self._dummy_input = dummy_input if dummy_input is not None else evaluator and example_input(evaluator)
         self._groups: list[ChannelGroup] = []
         self._gates: OrderedDict[str, ScaledSigmoidGate] = OrderedDict()
@@ -177,11 +184,14 @@ class DNALPruner(Pruner):
                 reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
                 reasons = reasons or "it has no convolution or linear layer"
                 raise DNALError(f"nothing in the model can be pruned ({reasons})")
-            self._cost = CostModel(model, groups, self._dummy_input)
-        self._settings = [settings[g.name] for g in active]
-        self._limits = selection.limits(self._settings, active)
-        self._objective = self._make_objective(self._limits)
-        self._groups = groups
+            timed = self.budget is not None and self.budget.latency is not None
+            self._cost = CostModel(model, groups, self._dummy_input, timed)
+            self._settings = [settings[g.name] for g in active]
+            self._limits = selection.limits(self._settings, active, self.channel_multiple)
+            self._objective = self._make_objective(self._limits)
+            self._groups = groups
+            if timed:
+                self._calibrate(model, active)
         device = next(model.parameters()).device
         for group in active:
             self._gates[group.name] = ScaledSigmoidGate(group.channels).to(device)
@@ -189,6 +199,19 @@ class DNALPruner(Pruner):
         if self._is_wrapped:
             attach(model, groups, self._gates)
         self._seconds["build"] = time.perf_counter() - start
+
+    def _calibrate(self, model: nn.Module, active: list[ChannelGroup]) -> None:
+        """Hold the latency that the layers add up to against that of a network cut to the budget."""
+        assert self._objective is not None
+        units = exact_cut(self._objective, importance(model, active), self._objective.floor())
+        keep = dict(zip([g.name for g in active], units.split(self._cost.sizes)))
+        self._cost.calibrate(units.double(), self._latency(slim_copy(model, active, keep), model))
+
+    def _latency(self, slim: nn.Module, model: nn.Module) -> float:
+        """Milliseconds of a cut network, where the uncut one takes what it took when it was measured first."""
+        assert self._cost.dense.latency is not None
+        now, then = latencies([slim, model], self._dummy_input)
+        return self._cost.dense.latency * now / then
 
     def _make_objective(self, limits: Limits) -> Objective | None:
         """What the search is held to: the budget, or the config's ratios, or nothing but lambda."""
@@ -433,18 +456,25 @@ class DNALPruner(Pruner):
         floor = self._search.floor if self._search.objective is not None else self._limits.least
         rank = self._search.score.cpu() if self._search.objective is not None else s
         target = float(self._objective.targets[0])
-        aim = target
-        for _ in range(5):
-            keep = dict(zip(names, exact_cut(self._objective, rank, floor, aim).split(sizes)))
+        best, aim = (float("inf"), rank), target
+        for _ in range(8):
+            units = exact_cut(self._objective, rank, floor, aim)
             if self.budget is None:
-                return keep
-            slim = slim_copy(self.bound_model, self._groups, keep)
-            got = getattr(measure(slim, self._dummy_input), self.budget.kind)
-            actual = got / getattr(self._cost.dense, self.budget.kind)
-            if abs(actual / target - 1) < 2e-3:
+                return dict(zip(names, units.split(sizes)))
+            slim = slim_copy(self.bound_model, self._groups, dict(zip(names, units.split(sizes))))
+            ratio = self._objective.measured(self._measured(slim)) / target
+            best = min(best, (abs(ratio - 1), units), key=lambda found: found[0])
+            if best[0] < 2e-3:
                 break
-            aim *= target / actual
-        return keep
+            aim /= ratio
+        return dict(zip(names, best[1].split(sizes)))
+
+    def _measured(self, slim: nn.Module) -> Complexity:
+        """What a cut network costs; its latency only where the budget limits it."""
+        size = measure(slim, self._dummy_input)
+        if self._cost.dense.latency is None:
+            return size
+        return dataclasses.replace(size, latency=self._latency(slim, self.bound_model))
 
     def _over_threshold(self, scores: tuple[Tensor, ...]) -> list[Tensor]:
         """Units whose gate is over the threshold, as many as the limits allow."""
@@ -484,18 +514,18 @@ class DNALPruner(Pruner):
                 kept = 0  # in a candidate that is gone
             groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
         searched = self._search is not None and self._search.done > 0
-        budgeted = self.budget is not None and self._objective is not None
+        before, after = self._cost.dense, self._measured(slim)
         return Report(
-            before=self._cost.dense,
-            after=measure(slim, self._dummy_input),
+            before=before,
+            after=after,
             groups=groups,
-            target=float(self._objective.targets[0]) if budgeted and self._objective is not None else None,
-            objective=self.budget.kind if self.budget is not None else None,
+            targets=self.budget.fractions(before) if self.budget is not None else {},
             decided=self._search.decided() if searched and self._search is not None else None,
             max_abs_diff=max_abs_diff,
             relative_diff=relative_diff,
             seconds=dict(self._seconds),
             history=list(self._search.history) if self._search is not None else [],
+            latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
         )
 
     @property
@@ -524,6 +554,7 @@ class DNALPruner(Pruner):
             },
             "search": self._search.state_dict() if self._search is not None else None,
             "keep": self._keep,
+            "latency": self._cost.latency_state() if self._cost.dense.latency is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -543,4 +574,7 @@ class DNALPruner(Pruner):
                 gate.delta.copy_(values["delta"])
                 gate.mask.copy_(values["mask"])
                 gate.state = GateState(values["state"])
+        if state["latency"] is not None:
+            self._cost.load_latency_state(state["latency"])
+            self._objective = self._make_objective(self._limits)
         self._resume, self._keep = state["search"], state["keep"]

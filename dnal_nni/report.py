@@ -38,7 +38,7 @@ class Report:
     """Before and after; ``accuracy`` and ``latency_ms`` are (before, after), filled in by whoever measured them.
 
     Attributes:
-        target: the budget as a fraction of the dense cost, or None.
+        targets: the budget: by "flops", "params" or "latency", the fraction of the dense cost to keep.
         decided: fraction of the gates outside of [0.05, 0.95] at the end of the search, ahead of any threshold.
         max_abs_diff: largest difference between hard-gated and sliced network (eval and train), in the model's dtype.
         relative_diff: the same relative to the largest output, in float64 where the model runs in it.
@@ -50,8 +50,7 @@ class Report:
     before: Complexity
     after: Complexity
     groups: list[GroupReport]
-    target: float | None = None
-    objective: str | None = None
+    targets: dict[str, float] = dataclasses.field(default_factory=dict)
     decided: float | None = None
     max_abs_diff: float | None = None
     relative_diff: float | None = None
@@ -80,8 +79,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'':16}{'before':>12}{'after':>12}{'':>10}"]
         lines += [f"{name:16}{before:>12}{after:>12}{ratio:>10}" for name, before, after, ratio in self.rows()]
-        if self.target is not None:
-            lines.append(f"target: {self.target:.1%} of the {self.objective}")
+        if self.targets:
+            lines.append("target: " + ", ".join(f"{value:.1%} of the {kind}" for kind, value in self.targets.items()))
         if self.max_abs_diff is not None:
             exact = "" if self.relative_diff is None else f"; relative, in float64: {self.relative_diff:.1e}"
             lines.append(f"max |gated - sliced|, eval and train mode: {self.max_abs_diff:.1e}{exact}")

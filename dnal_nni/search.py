@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, best_of_group, exact_cut, first_ranks, price
+from .budget import Objective, best_of_group, first_ranks, price
+from .cut import exact_cut
 from .errors import DNALError
 from .gate import GateState, ScaledSigmoidGate
 from .graph import Conv
@@ -103,7 +104,8 @@ class Scores:
         g = g.to(self.value.dtype).requires_grad_()
         with torch.enable_grad():
             (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
-        worth = -grad.to(self.value.dtype) / marginal.clamp(min=1e-12)  # loss saved per unit of cost
+        # loss saved per unit of cost; that a unit costs (next to) nothing must not drown all others
+        worth = -grad.to(self.value.dtype) / torch.maximum(marginal, 1e-3 * marginal.mean())
         if len(self.choices):
             # candidates among themselves: next to single channels they are few and steady, and some cost nothing
             own = -grad.to(self.value.dtype) / marginal.clamp(min=self.cheap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -194,15 +195,19 @@ def _together(layers: Iterable[str], selected: Mapping[str, Setting]) -> Setting
     return Setting(**values)
 
 
-def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup]) -> Limits:
-    """Units that each group may keep, from max_sparse_ratio and min_sparse_ratio."""
-    sizes = [group.channels for group in groups]
-    least = [
-        max(1, round((1 - s.max_sparse_ratio) * g.channels)) if s.max_sparse_ratio else g.least
-        for s, g in zip(settings, groups)
-    ]
-    most = [max(1, round((1 - (s.min_sparse_ratio or 0.0)) * n)) for s, n in zip(settings, sizes)]
-    return Limits(least, [max(pair) for pair in zip(least, most)])
+def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup], multiple: int) -> Limits:
+    """Units that each group may keep, from max_sparse_ratio, min_sparse_ratio and the multiple of its channels."""
+    least, most, multiples = [], [], []
+    for setting, group in zip(settings, groups):
+        n = group.channels
+        widths = [len(m.channels) // n for m in group.members if m.side == "out" and not m.bare]
+        step = multiple // math.gcd(multiple, *widths)
+        low = max(1, round((1 - setting.max_sparse_ratio) * n)) if setting.max_sparse_ratio else group.least
+        high = max(1, round((1 - (setting.min_sparse_ratio or 0.0)) * n))
+        multiples.append(step)
+        least.append(min(n, step * math.ceil(low / step)))
+        most.append(max(least[-1], n if high == n else step * (high // step)))
+    return Limits(least, most, multiples)
 
 
 def pools(settings: Sequence[Setting], sizes: Sequence[int], within: Limits) -> tuple[list[int], list[int]]:

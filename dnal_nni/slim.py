@@ -68,7 +68,7 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             layer = slim.get_submodule(path)
             if bake(layer):
                 changes["baked"].append(path)
-            _cut_module(layer, {side: mask for (side, _), mask in sides.items()})
+            cut_module(layer, {side: mask for (side, _), mask in sides.items()})
     setattr(slim, CHANGES, changes)
     return slim
 
@@ -92,8 +92,8 @@ def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None]
     value = getattr(module, name)
     for (_, position), mask in counts.items():
         left = int(mask.sum())
-        value = left if position is None else type(value)(
-            left if i == position else entry for i, entry in enumerate(value)
+        value = (
+            left if position is None else type(value)(left if i == position else entry for i, entry in enumerate(value))
         )
     setattr(module, name, value)
     return value
@@ -113,7 +113,8 @@ def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
         setattr(module, name, new)
 
 
-def _cut_module(module: nn.Module, sides: Mapping[Side, Tensor]) -> None:
+def cut_module(module: nn.Module, sides: Mapping[Side, Tensor]) -> None:
+    """Keep some channels of a layer, in place: bool ``[channels]`` for every side that loses some."""
     if isinstance(module, Conv):
         _cut_conv(module, sides)
     elif isinstance(module, nn.Linear):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 peers = pytest.importorskip("peers")
+methods = pytest.importorskip("methods")
+cuts = pytest.importorskip("cuts")
 
 STEPS, BATCH, LR = 30, 16, 0.05
 
@@ -28,16 +30,16 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
     # the benchmark's form
     weights = dict(peers.network(job).to(memory_format=torch.channels_last).state_dict())
     objective = peers.gated(peers.network(job), job.budget)._objective
-    scores = peers.Scores(objective, peers.start_scores(job, state), STEPS)
-    g, architecture, settle = peers.gate_steps(scores, STEPS)
-    training = peers.Training(
+    scores = methods.Scores(objective, methods.start_scores(job, state), STEPS)
+    g, architecture, settle = methods.gate_steps(scores, STEPS)
+    training = methods.Training(
         net, weights, g, data, BATCH, 7, [LR] * STEPS, architecture=architecture, between=(scores.moving, settle)
     )
     batches = []
     for number, _ in enumerate(training.steps()):
         rows = slice(number % 10 * BATCH, (number % 10 + 1) * BATCH)
         batches.append((net.normalised(training.pixels[rows], data), training.labels[rows].clone()))
-    keep = peers.cut_by_score(job, scores.value, scores.floor)
+    keep = methods.cut_by_score(job, scores.value, scores.floor)
 
     # the user's form
     model = peers.network(job).to(memory_format=torch.channels_last).train()
@@ -52,7 +54,7 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
     # fine-tuning in the full shape with hard gates, and the cut network's
     small = peers.physical(job, weights, keep)[0].to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(small.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    training = peers.Training(net, weights, keep.float(), data, BATCH, 8, [LR] * 5)
+    training = methods.Training(net, weights, keep.float(), data, BATCH, 8, [LR] * 5)
     for number, _ in enumerate(training.steps()):
         rows = slice(number * BATCH, (number + 1) * BATCH)
         optimizer.zero_grad()

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, save_compressed
-from dnal_nni.budget import exact_cut
 from dnal_nni.choices import Cell, Choice, Depth, Inputs, Mixture
+from dnal_nni.cut import exact_cut
 from dnal_nni.gate import GateState, ScaledSigmoidGate
 from dnal_nni.search import Scores
 from dnal_nni.verify import random_keep

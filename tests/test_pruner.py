@@ -261,11 +261,15 @@ def test_bad_budgets(value: Any) -> None:
         Budget(flops=value)
 
 
-def test_budget_needs_exactly_one() -> None:
-    with pytest.raises(DNALError, match="exactly one"):
+def test_a_budget_limits_something() -> None:
+    with pytest.raises(DNALError, match="needs flops=, params= or latency="):
         Budget()
-    with pytest.raises(DNALError, match="not supported yet"):
-        Budget(latency=0.5)
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 2.0, True])
+def test_bad_multiples(small: nn.Module, x: Tensor, multiple: Any) -> None:
+    with pytest.raises(DNALError, match="channel_multiple=.*must be a whole number >= 1"):
+        DNALPruner(small, CONV, dummy_input=x, channel_multiple=multiple)
 
 
 def test_wrapped_models_are_refused(small: nn.Module, x: Tensor) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner
-from dnal_nni.budget import Objective, best_of_group, exact_cut, gates, price
+from dnal_nni.budget import Objective, best_of_group, gates, price
+from dnal_nni.cut import exact_cut
 from dnal_nni.search import SETTLED, Scores
 
 
@@ -65,9 +66,7 @@ def test_arch_lr_is_how_fast_gates_learn(small: nn.Module, x: Tensor, batches: l
             DNALPruner(small, CONV, dummy_input=x, arch_lr=wrong)
 
 
-def test_skipped_steps_and_repeated_closures(
-    small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_skipped_steps_and_repeated_closures(small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
     """What a GradScaler and LBFGS do: a backward pass without a step, and several of them in one step."""
     pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
 

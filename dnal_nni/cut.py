@@ -1,0 +1,132 @@
+"""The cut: which units stay, so that the budget is hit to the channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .budget import Objective, best_of_group, first_ranks
+
+CLOSE = 5e-3  # a gap below the budget that is left as it is
+TRIES, CHUNK = 5000, 256  # structures that are tried to close a larger one; in one pass over the cost model
+
+
+def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
+    """The units to keep, bool ``[units]``: in the order of ``s``, as many as the budget allows, to the channel.
+
+    At least ``floor`` units of each group of channels stay, and one candidate of every choice. The threshold leaves a
+    gap smaller than one unit (than one multiple, where channels go by multiples); what is next in rank and still fits
+    closes it, or blocks that change places.
+
+    Args:
+        target: fraction of the dense cost, instead of the budget's own (to correct for what the model cannot see).
+    """
+    s = s.detach().double().cpu()
+    objective.to("cpu")
+    floor = [0 if choice else count for count, choice in zip(floor, objective.choices)]
+    keep = best_of_group(s, objective.group_of, first_ranks(objective.sizes, floor))
+    blocks = _blocks(objective, s, floor)
+    if objective.budget is None:
+        room = (objective.targets * objective.pool_sizes).round().long()
+        room -= torch.zeros_like(room).index_add(0, objective.owner, keep.long())
+        for block in blocks:
+            pool = objective.owner[block[0]]
+            if room[pool] >= len(block):
+                keep[block] = True
+                room[pool] -= len(block)
+        return keep
+    limit = float(objective.targets[0]) if target is None else target
+
+    def spent(mask: Tensor) -> float:
+        return float(objective.relative(mask.double())[0])
+
+    smallest = keep
+
+    def best(count: int, above: float = 0.0) -> Tensor:
+        """The first blocks, and the candidates that must stay at the price of the next one, or above it."""
+        trial = smallest.clone()
+        trial[torch.cat([*blocks[:count], torch.zeros(0, dtype=torch.int64)])] = True
+        price = s[blocks[count]].mean() if count < len(blocks) else s.min()
+        must, may = objective.candidates(s, price + above)
+        return (trial | must) & may
+
+    low, high = 0, len(blocks)
+    while low < high:  # the most blocks that fit
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if spent(best(middle)) <= limit else (low, middle - 1)
+    keep, above = best(low), 1e-3
+    while spent(keep) > limit and above < 1e6:  # cheaper candidates, at a price that no unit is worth
+        keep, above = best(0, above), 1.5 * above
+    # which candidates are open is settled with the price
+    rest = [block for block in blocks if not objective.choices[objective.group_of[block[0]]]]
+    full: set[int] = set()  # groups whose next block does not fit: a smaller one behind it would be no multiple
+    for block in rest:
+        if limit - spent(keep) < 5e-4 * limit:
+            break
+        group = int(objective.group_of[block[0]])
+        if bool(keep[block[0]]) or group in full:
+            continue
+        keep[block] = True
+        if spent(keep) > limit:
+            keep[block] = False
+            full.add(group)
+    if limit - spent(keep) > CLOSE * limit:
+        keep = _closer(objective, s, keep, rest, limit)
+    return keep
+
+
+def _blocks(objective: Objective, s: Tensor, floor: Sequence[int]) -> list[Tensor]:
+    """The units between each group's floor and its most, in blocks that go together, best mean score first."""
+    blocks = []
+    limits, offset = objective.limits, 0
+    for size, least, most, multiple in zip(objective.sizes, floor, limits.most, limits.multiples):
+        order = s[offset : offset + size].argsort(descending=True, stable=True) + offset
+        blocks += list(order[least:most].split(multiple)) if most > least else []
+        offset += size
+    means = torch.stack([s[block].mean() for block in blocks]) if blocks else torch.zeros(0)
+    return [blocks[i] for i in means.argsort(descending=True, stable=True).tolist()]
+
+
+def _closer(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tensor], limit: float) -> Tensor:
+    """``keep`` with a block more or less in some groups, so that it comes nearer to the limit.
+
+    Tries what one block more or less in any group gives, then two of these, and so on: at the first depth at which
+    there is a gap of less than CLOSE, the best sum of scores wins; if there is none within TRIES, the smallest gap.
+    """
+    number = torch.where(keep, -1, len(blocks))  # of each unit's block in its group; -1: in the floor
+    values = [[0.0] for _ in objective.sizes]
+    counts = [0] * len(objective.sizes)
+    for block in blocks:
+        group = int(objective.group_of[block[0]])
+        counts[group] += bool(keep[block[0]])
+        number[block] = len(values[group]) - 1
+        values[group].append(values[group][-1] + float(s[block].sum()))
+    seen = {tuple(counts)}
+    frontier, best, gap = [tuple(counts)], tuple(counts), math.inf
+
+    def units(states: Sequence[tuple[int, ...]]) -> Tensor:
+        return number < torch.tensor(states)[:, objective.group_of]
+
+    while frontier and len(seen) < TRIES:
+        near = {
+            (*state[:group], count, *state[group + 1 :])
+            for state in frontier
+            for group in range(len(counts))
+            for count in (state[group] - 1, state[group] + 1)
+            if 0 <= count < len(values[group])
+        }
+        frontier = sorted(near - seen)[:TRIES]
+        seen |= near
+        gaps: list[float] = []
+        for i in range(0, len(frontier), CHUNK):
+            gaps += (limit - objective.relative(units(frontier[i : i + CHUNK]).double())[:, 0]).tolist()
+        close = [state for state, left in zip(frontier, gaps) if 0 <= left <= CLOSE * limit]
+        if close:
+            return units([max(close, key=lambda state: sum(v[n] for v, n in zip(values, state)))])[0]
+        for state, left in zip(frontier, gaps):
+            if 0 <= left < gap:
+                best, gap = state, left
+    return units([best])[0] if gap < limit - float(objective.relative(keep.double())[0]) else keep
