@@ -115,7 +115,8 @@ class Objective:
             self.targets = torch.tensor(kept, dtype=torch.float64) / self.owner.bincount()
         self.pool_sizes = self.owner.bincount()
         g = torch.ones(len(self.group_of), dtype=torch.float64, requires_grad=True)
-        (self.whole,) = torch.autograd.grad(self.relative(g).sum(), g)
+        with torch.enable_grad():
+            (self.whole,) = torch.autograd.grad(self.relative(g).sum(), g)
         if budget is not None:
             self._check_reachable()
 

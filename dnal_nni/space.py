@@ -67,6 +67,7 @@ class Space:
         self._decoders: dict[str, Callable[[Choice], dict[str, Any]]] = {}
         self._widths: list[tuple[str, str, Mutable]] = []  # layer, attribute, what it is an expression of
         self._known: set[str] = set()
+        self._converted: dict[int, tuple[Any, Any]] = {}  # by id, a module and what became of it
         self._widest = self._widest_sample()
         with frozen_context(self._widest):  # NNI asks for one where mutable modules are made
             self.supernet = self._convert(copy.deepcopy(space), "")
@@ -101,7 +102,12 @@ class Space:
         return sample
 
     def _convert(self, module: Any, path: str) -> Any:
-        """``module`` (of the copy) as a plain one; ``path`` is its place in the supernet."""
+        """``module`` (of the copy) as a plain one; ``path`` is its first place in the supernet."""
+        if id(module) not in self._converted:
+            self._converted[id(module)] = module, self._plain(module, path)
+        return self._converted[id(module)][1]
+
+    def _plain(self, module: Any, path: str) -> Any:
         within = f"{path}." if path else ""
         if isinstance(module, LayerChoice):
             names = {str(name): name for name in module.names}
@@ -129,7 +135,7 @@ class Space:
         for name, value in vars(module).items():
             if not name.startswith("_"):  # a width that a module keeps for itself
                 vars(module)[name] = self._fixed(value)
-        for name, child in list(module.named_children()):
+        for name, child in list(module._modules.items()):  # not named_children, which names a shared one once
             module._modules[name] = self._convert(child, within + name)
         return module
 

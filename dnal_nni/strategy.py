@@ -220,6 +220,12 @@ class _Searching(pl.Callback):
         if self.search is None or not stepped:  # gradients are accumulated
             return
         self.search.after_optimizer_step()
+        scores = self.search.scores
+        if scores is not None and self.search.done == scores.moving:  # the structure stands: closed candidates can rest
+            for group in self.pruner.groups:
+                if group.choice:
+                    gate = self.pruner.gates[group.name]
+                    gate.harden(gate.s > 0)
         if self.search.history:
             pl_module.log("cost", self.search.history[-1]["cost"], prog_bar=True)
         if self.search.done == self._steps:

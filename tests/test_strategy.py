@@ -142,7 +142,7 @@ def test_a_toy_space_to_a_retrained_network() -> None:
 
 def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    steps: list[tuple[int, float]] = []
+    steps: list[tuple[int, int, float]] = []
     strategy = DNALStrategy(Budget(flops=0.5), warmup=0.25)
     original = DNALStrategy.mutate_evaluator
 
@@ -150,8 +150,9 @@ def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.Monk
         step = given.module.training_step
 
         def watched(batch: Any, batch_idx: int) -> Any:
-            soft = sum(gate.state.value == "soft" for gate in self.pruner.gates.values())
-            steps.append((soft, float(next(iter(self.supernet.parameters())).detach().sum())))
+            states = [gate.state.value for gate in self.pruner.gates.values()]
+            weight = float(next(iter(self.supernet.parameters())).detach().sum())
+            steps.append((states.count("soft"), states.count("hard"), weight))
             return step(batch, batch_idx)
 
         given.module.training_step = watched
@@ -159,9 +160,11 @@ def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(DNALStrategy, "mutate_evaluator", mutate)
     strategy(Toy(), evaluator(epochs=2, batches=8))
-    gates = len(strategy.pruner.gates)
-    assert [soft for soft, _ in steps] == [0] * 4 + [gates] * 12
-    assert len({weight for _, weight in steps}) == 16  # weights moved in every step
+    gates, candidates = len(strategy.pruner.gates), sum(group.choice for group in strategy.pruner.groups)
+    # in the last quarter of the search the structure stands: candidates are open or closed
+    expected = [(0, 0)] * 4 + [(gates, 0)] * 9 + [(gates - candidates, candidates)] * 3
+    assert [counts for *counts, _ in steps] == [list(pair) for pair in expected]
+    assert len({weight for *_, weight in steps}) == 16  # weights moved in every step
     assert strategy.pruner._search is not None and strategy.pruner._search.done == 12
 
 
@@ -353,6 +356,21 @@ def test_the_hub(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_single_path_of_the_hub_s_proxylessnas_has_a_name() -> None:
+    torch.manual_seed(0)
+    make, size = HUB["proxyless"]
+    space = make()
+    strategy = DNALStrategy(Budget(flops=0.08), single_path=True, verify_seconds=600)
+    strategy(space, evaluator(size, 3, epochs=1, batches=16))
+    slim = check(strategy, size, 3, budget=0.08)
+    (model,) = strategy.list_models()
+    assert set(model.sample) == set(space.simplify())
+    kept = {m.label: m.units for m in slim.modules() if isinstance(m, Mixture)}
+    assert all(model.sample[label] == unit for label, (unit,) in kept.items())
+    assert model.executable_model()(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+@pytest.mark.slow
 def test_the_paper_s_space_on_digits() -> None:
     torch.manual_seed(0)
     strategy = DNALStrategy(Budget(flops=0.2), sequential=True, verify_seconds=600)
@@ -446,6 +464,23 @@ def test_a_loss_that_is_nan_puts_the_weights_back() -> None:
     with pytest.raises(DNALError, match="nan or infinite at search step 3"):
         strategy(Toy(), given)
     assert all(gate.state.value == "transparent" for gate in strategy.pruner.gates.values())
+
+
+def test_a_choice_in_two_places_is_one_module() -> None:
+    class Twice(ModelSpace):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 8, 3, 1, 1)
+            self.first = LayerChoice({"c3": conv(3), "c5": conv(5)}, label="both")
+            self.second = self.first
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.second(self.first(self.stem(x))).mean((2, 3)))
+
+    assert (network := supernet(Twice())).first is network.second
+    strategy = searched(DNALStrategy(Budget(flops=0.5)), Twice(), {"both": [0, 1]})
+    check(strategy)
 
 
 def test_depths_need_not_follow_each_other() -> None:
