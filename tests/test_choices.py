@@ -212,6 +212,37 @@ def test_what_must_stay_of_a_choice_depends_on_the_price() -> None:
     assert float(objective.relative(keep.double())[0]) <= 0.15
 
 
+def test_a_candidate_with_layers_that_stay_whole_can_go_whole() -> None:
+    class Rolled(nn.Module):
+        """Names its channels by number: they stay whole."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(6, 12, 3, 1, 1), nn.Conv2d(12, 6, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).roll(1, 1))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 6, 3, 1, 1)
+            self.layer = Mixture({"rolled": Rolled(), "conv": mbconv(6, 6, 3, 2)}, "layer")
+            self.fc = nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.layer(torch.relu(self.stem(x))).mean((2, 3)))
+
+    pruner = DNALPruner(Net(), ALL, dummy_input=torch.randn(2, 1, 8, 8), budget=Budget(flops=0.5))
+    frozen = {group.name for group in pruner.groups if group.frozen}
+    assert "layer.rolled.a" in frozen and not {"layer", "stem", "layer.conv.0"} & frozen
+    pruner.harden({"layer": torch.tensor([False, True])})
+    slim = pruner.speedup()
+    assert slim.layer.units == ["conv"]
+    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])  # type: ignore[index]
+    assert measure(slim, torch.randn(2, 1, 8, 8)).flops == pytest.approx(float(pruner._cost.flops(g)), rel=1e-9)
+
+
 def test_a_candidate_that_costs_nothing_does_not_slow_down_the_others(everything: tuple[DNALPruner, Tensor]) -> None:
     pruner, _ = everything
     objective = pruner._objective

@@ -110,7 +110,7 @@ def check(strategy: DNALStrategy, size: int = 8, channels: int = 1, budget: floa
     if budget is not None:
         assert report.after.flops / report.before.flops == pytest.approx(budget, rel=0.01)
     x = torch.randn(4, channels, size, size, dtype=torch.float64)
-    gated, cut = copy.deepcopy(strategy.supernet).double(), copy.deepcopy(slim).double()
+    gated, cut = copy.deepcopy(strategy.pruner.bound_model).double(), copy.deepcopy(slim).double()
     for module in (*gated.modules(), *cut.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
