@@ -53,4 +53,4 @@ def test_nas_benchmark_goes_on_where_it_stopped(tmp_path: Path) -> None:
         subprocess.run([*command, *methods], check=True, capture_output=True)
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [run["job"]["method"] for run in runs] == ["random_one", "dnal_single", "darts"]
-    assert all(run["flops"] == pytest.approx(3e5, rel=0.01) for run in runs)
+    assert all(run["flops"] == pytest.approx(3e5, rel=0.03) for run in runs)
