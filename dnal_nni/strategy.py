@@ -191,6 +191,8 @@ class _Searching(pl.Callback):
             raise DNALError(
                 "the search has no known length: give the trainer max_epochs or max_steps, and data a length"
             )
+        if trainer.world_size != 1:
+            raise DNALError(f"the trainer uses {trainer.world_size} devices: a search needs one, devices=1")
         if len(trainer.optimizers) != 1:
             raise DNALError(f"the evaluator has {len(trainer.optimizers)} optimizers: a search needs one")
         self._first = int(self.warmup * steps)

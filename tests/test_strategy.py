@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from supernet_space import DIGITS, Supernet
 from dnal_nni import Budget, DNALError, DNALStrategy, measure
 from dnal_nni.choices import Choice, Mixture
 from dnal_nni.space import Space
+from dnal_nni.strategy import _Searching
 
 pytestmark = QUIET
 
@@ -171,6 +173,28 @@ def test_errors_of_arguments() -> None:
         DNALStrategy(Budget(flops=0.5))(Toy(), FunctionalEvaluator(lambda model: None))
     with pytest.raises(DNALError, match="cannot resume"):
         DNALStrategy(Budget(flops=0.5)).load_state_dict({"ckpt_path": "x"})
+
+
+@pytest.mark.parametrize(
+    "trainer, message",
+    [
+        ({"estimated_stepping_batches": float("inf")}, "the search has no known length"),
+        ({"world_size": 2}, "the trainer uses 2 devices: a search needs one"),
+        ({"optimizers": [1, 2]}, "the evaluator has 2 optimizers: a search needs one"),
+    ],
+)
+def test_trainers_that_cannot_be_searched_with(trainer: dict[str, Any], message: str) -> None:
+    usual = {"estimated_stepping_batches": 10, "world_size": 1, "optimizers": [1], "global_step": 0}
+    pruner: Any = None
+    with pytest.raises(DNALError, match=message):
+        _Searching(pruner, 0.5).on_train_start(SimpleNamespace(**{**usual, **trainer}), nn.Identity())  # type: ignore[arg-type]
+
+
+def test_data_without_images_asks_for_a_dummy_input() -> None:
+    given = evaluator()
+    given.train_dataloaders = [{"x": torch.zeros(1, 1, 8, 8)}]
+    with pytest.raises(DNALError, match=r"the training data start with a dict: pass DNALStrategy\(dummy_input=x\)"):
+        DNALStrategy(Budget(flops=0.5))(Toy(), given)
 
 
 class _Stop(pl.Callback):
