@@ -197,10 +197,12 @@ class Objective:
                 f"may be cut, {lowest / target:.3g} times the budget remains; raise it or exclude fewer layers"
             )
         if highest < 0.99 * target:
-            limit = "min_sparse_ratio" if bool(self._may.all()) else "single_path"
+            limit, remedy = "min_sparse_ratio", "min_sparse_ratio"
+            if not bool(self._may.all()):
+                limit, remedy = "single_path", "do without single_path"
             raise DNALError(
                 f"Budget({asked}) is more than {limit} leaves ({highest / target:.3g} times the budget): lower the "
-                f"budget or {limit}"
+                f"budget or {remedy}"
             )
 
 

@@ -17,7 +17,7 @@ from .errors import DNALError
 from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, call, clone, flatten_tensors, seeded, varying_axes
 from .trace import Trace
 
-Site = Literal["norm", "input"]
+Site = Literal["norm", "input", "output"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,8 @@ class ChannelGroup:
         members: every layer concerned.
         producers: the convolution and linear layers whose output channels these are.
         norms: norms on which a gate can act (empty: none).
-        site: where the gate acts: on the affine of ``norms``, or at the input of the consumers.
+        site: where the gate acts: on the affine of ``norms``, at the input of the consumers, or, for candidates of a
+            supernet, on their output.
         frozen: why the group is left whole, or None.
         least: units that must stay.
         most: candidates that may stay at the end of a search; None: all.
@@ -176,7 +177,7 @@ def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
                 f"{members[choice.label][0].width} candidates: one decision needs the same ones everywhere"
             )
     return [
-        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), (), least=least, most=most)
+        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), (), (), "output", None, least, most)
         for same, (least, most) in zip(members.values(), limits.values())
     ]
 

@@ -111,6 +111,7 @@ def test_one_group_for_every_label(everything: tuple[DNALPruner, Tensor]) -> Non
         "inputs": (3, 1, ["inputs"]),
         "cell.nodes.0": (3, 1, ["cell.nodes.0"]),
     }
+    assert {g.site for g in pruner.groups if g.choice} == {"output"}
     frozen = [g.name for g in pruner.groups if g.frozen]
     assert frozen == ["fc"]
 
