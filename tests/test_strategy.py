@@ -169,7 +169,7 @@ def test_errors_of_arguments() -> None:
         Space(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(DNALError, match="run the strategy first"):
         DNALStrategy(Budget(flops=0.5)).slim_model()
-    with pytest.raises(DNALError, match="is more than single_path leaves .* lower the budget or do without single_path"):
+    with pytest.raises(DNALError, match="more than single_path leaves .* lower the budget or do without single_path"):
         DNALStrategy(Budget(flops=0.9), single_path=True)(Toy(), evaluator())
     with pytest.raises(DNALError, match="the evaluator is a FunctionalEvaluator"):
         DNALStrategy(Budget(flops=0.5))(Toy(), FunctionalEvaluator(lambda model: None))
