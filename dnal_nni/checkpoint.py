@@ -16,7 +16,7 @@ from .adapters import adapt
 from .bake import bake
 from .errors import DNALError
 from .graph import Conv, RMSNorm, clone
-from .slim import CHANGES
+from .slim import CHANGES, drop
 
 FORMAT = "dnal_nni/1"
 _SIZES = (
@@ -52,8 +52,9 @@ def _stored(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), name
 
 
-def _prepare(model: nn.Module, baked: list[str]) -> None:
-    """The changes of class that a cut makes: :mod:`dnal_nni.adapters` and :mod:`dnal_nni.bake`."""
+def _prepare(model: nn.Module, chosen: dict[str, list[int]], baked: list[str]) -> None:
+    """The changes of modules that a cut makes: candidates that go, :mod:`dnal_nni.adapters`, :mod:`dnal_nni.bake`."""
+    drop(model, chosen)
     adapt(model)
     for path in baked:
         bake(model.get_submodule(path))
@@ -82,7 +83,7 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "sizes": json.dumps(_sizes(slim)),
         "aliases": json.dumps(aliases),
-        "changes": json.dumps(getattr(slim, CHANGES, {"baked": [], "stored": {}})),
+        "changes": json.dumps(getattr(slim, CHANGES, {"choices": {}, "baked": [], "stored": {}})),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -115,13 +116,14 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         tensors |= {name: tensors[first] for name, first in aliases.items()}
         changes = json.loads(header["changes"])
         baked, stored = [str(entry) for entry in changes["baked"]], dict(changes["stored"])
+        chosen = dict(changes["choices"])
         trial = clone(model)
-        _prepare(trial, baked)
+        _prepare(trial, chosen, baked)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DNALError(f"{path}: its header is damaged, or of another model: {error}") from error
     _check_fit(trial, path, sizes, tensors)
     _check_stored(trial, path, stored)
-    _prepare(model, baked)
+    _prepare(model, chosen, baked)
     for layer, values in sizes.items():
         module = model.get_submodule(layer)
         for name, value in values.items():
