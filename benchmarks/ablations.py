@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dnal_nni.budget import Objective, first_ranks
-from dnal_nni.search import Scores
+from dnal_nni.search import REACH, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Change:
 
     Args:
         delta: first value of delta; 1e4 means gates that are hard from the first step.
-        reach: how far scores move, as a multiple of the default; 0 leaves the trained weights' norms to decide.
+        reach: how far scores move; 0 leaves the trained weights' norms to decide.
         open: cost that the floors of all groups make up, as a share of the budget (0.8 by default).
         epochs: of the search.
         squared: rank by the mean square of dL/dg (the diagonal of the Fisher matrix) instead of collecting dL/dg, per
@@ -38,7 +38,7 @@ class Change:
     """
 
     delta: float | None = None
-    reach: float = 1.0
+    reach: float = REACH
     open: float | None = None
     epochs: int | None = None
     squared: float | None = None
@@ -62,7 +62,7 @@ class Changed(Scores):
     """:class:`Scores` with a change."""
 
     def __init__(self, objective: Objective, start: Tensor, steps: int, change: Change) -> None:
-        super().__init__(objective, start, steps)
+        super().__init__(objective, start, steps, change.reach)
         self.change = change
         if change.open is not None:
             self.floor = floor_of(objective.to("cpu"), change.open)
@@ -74,8 +74,7 @@ class Changed(Scores):
         if not change.settled:
             self.moving = steps
             self.settled = torch.zeros_like(self.settled)
-            self.pace = torch.full_like(self.pace, 1 / steps)
-        self.pace = self.pace * change.reach
+            self.pace = torch.full_like(self.pace, change.reach / steps)
         if change.zero:
             self.value.zero_()
         self.squares, self.count, self.first = torch.zeros_like(start), start.new_zeros(()), self.value.clone()
@@ -115,16 +114,16 @@ CHANGES = {
     "delta from 1": Change(delta=1.0),
     "hard": Change(delta=1e4),
     "norms only": Change(reach=0.0),
-    "reach x 0.3": Change(reach=0.3),
-    "reach x 3": Change(reach=3.0),
+    "reach 1": Change(reach=1.0),
+    "reach 3": Change(reach=3.0),
     "zero start": Change(zero=True),
     "floors 0.5": Change(open=0.5),
     "floors 0.95": Change(open=0.95),
     "floors 0.95, norms only": Change(open=0.95, reach=0.0),
     "1 epoch": Change(epochs=1),
     "3 epochs": Change(epochs=3),
-    "squared, per sqrt cost": Change(squared=0.5, zero=True),
-    "squared, per cost": Change(squared=1.0, zero=True),
+    "squared, per sqrt cost": Change(squared=0.5, zero=True, reach=1.0),
+    "squared, per cost": Change(squared=1.0, zero=True, reach=1.0),
     "frozen weights": Change(frozen=True),
 }
 

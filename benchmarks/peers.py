@@ -241,6 +241,14 @@ def spread(values: list[float]) -> str:
     return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
+def widths_vary(runs: list[dict[str, Any]]) -> str:
+    """Standard deviation of a layer's width over the seeds, in per cent of its mean: the mean over the layers."""
+    if len(runs) < 2:
+        return ""
+    layers = zip(*(run["widths"].values() for run in runs))
+    return f"{statistics.mean(100 * statistics.stdev(w) / statistics.mean(w) for w in layers):.0f}"
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown, one table per data set, model and budget, best mean first."""
     dense = {(x["dataset"], x["model"], x["width"]): [] for x in lines}
@@ -263,16 +271,23 @@ def table(lines: list[dict[str, Any]]) -> str:
             f"Uncut: {spread(dense[net_key])} % after {setting['pretrain_epochs']} epochs; then {setting['epochs']} "
             f"epochs in all. {some['device']}, {setting['precision']}.\n"
         )
-        out.append("| method | accuracy % | seeds | right after the cut % | norms recalibrated % | MACs % | params k |")
-        out.append("|---|---|---|---|---|---|---|")
+        out.append(
+            "| method | accuracy % | seeds | end of the search % | right after the cut % | norms recalibrated % "
+            "| MACs % | params k | gates decided % | widths vary % |"
+        )
+        out.append("|---|---|---|---|---|---|---|---|---|---|")
         ranked = sorted(methods.items(), key=lambda item: -statistics.mean(x["accuracy"] for x in item[1]))
         for name, runs in ranked:
-            columns = ("accuracy_cut", "accuracy_recalibrated")
-            cut = [spread([x[c] for x in runs]) if c in runs[0] else "" for c in columns]
+            columns = ("accuracy_search", "accuracy_cut", "accuracy_recalibrated")
+            cut = " | ".join(spread([x[c] for x in runs]) if c in runs[0] else "" for c in columns)
             share = statistics.mean(100 * x["flops"] / sizes[net_key] for x in runs)
             params = statistics.mean(x["params"] / 1000 for x in runs)
             accuracy = spread([x["accuracy"] for x in runs])
-            out.append(f"| {name} | {accuracy} | {len(runs)} | {cut[0]} | {cut[1]} | {share:.2f} | {params:.0f} |")
+            decided = f"{100 * min(x['decided'] for x in runs):.0f}" if "decided" in runs[0] else ""
+            out.append(
+                f"| {name} | {accuracy} | {len(runs)} | {cut} | {share:.2f} | {params:.0f} | {decided} "
+                f"| {widths_vary(runs)} |"
+            )
     return "\n".join(out) + "\n"
 
 

@@ -54,8 +54,8 @@ class DNALPruner(Pruner):
             paper's search is cut to that budget.
         lambda_: weight of the paper's regulariser ``sum sigmoid(s)``.
         arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
-            score over the whole search (scores start at 1 on average); None is 1. In the paper's, the learning rate of
-            SGD on ``s``; None is 0.01.
+            score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
+            of SGD on ``s``; None is 0.01.
         channel_multiple: channels that layers keep come in multiples of this number, or whole (8 suits most devices).
         verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then are left whole.
         existed_wrappers: NNI's wrappers of another compressor; given by :meth:`from_compressor`.
