@@ -457,6 +457,7 @@ class DNALPruner(Pruner):
         rank = self._search.score.cpu() if self._search.objective is not None else s
         target = float(self._objective.targets[0])
         best, aim = (float("inf"), rank), target
+        low, high = 0.0, float("inf")  # aims that cost too little, and too much
         for _ in range(8):
             units = exact_cut(self._objective, rank, floor, aim)
             if self.budget is None:
@@ -466,7 +467,8 @@ class DNALPruner(Pruner):
             best = min(best, (abs(ratio - 1), units), key=lambda found: found[0])
             if best[0] < 2e-3:
                 break
-            aim /= ratio
+            low, high = (max(low, aim), high) if ratio < 1 else (low, min(high, aim))
+            aim = aim / ratio if low < aim / ratio < high else (low + high) / 2
         return dict(zip(names, best[1].split(sizes)))
 
     def _measured(self, slim: nn.Module) -> Complexity:
