@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import selection
 from .budget import Budget, Limits, Objective
+from .carry import carry_optimizer
 from .cost import Complexity, CostModel, measure
 from .cut import exact_cut
 from .errors import DNALError
@@ -499,6 +500,25 @@ class DNALPruner(Pruner):
         self._seconds["cut"] = time.perf_counter() - start
         self._report = self._make_report(slim, max_abs_diff, relative_diff)
         return slim
+
+    def carry_optimizer(self, optimizer: torch.optim.Optimizer, slim: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of ``model`` as one of the cut network: its momentum is cut with the weights.
+
+        Class, parameter groups and hyperparameters stay; ``optimizer`` itself is not changed. A parameter that the cut
+        replaced by another (computed weights, such as ``weight_norm``) starts without state. Learning-rate schedules
+        hold the old optimizer: make a new one.
+
+        Args:
+            optimizer: of the model's parameters, such as the one that the search was given.
+            slim: what the last :meth:`speedup` returned.
+
+        Raises:
+            DNALError: the state is not in the shape of the parameters (LBFGS, Adafactor), or not of this model.
+        """
+        if self._keep is None:
+            raise DNALError("carry_optimizer: nothing has been cut yet: call speedup() first")
+        with self._without_wrappers() as model:
+            return carry_optimizer(optimizer, model, self._groups, self._keep, slim)
 
     def _make_report(self, slim: nn.Module, max_abs_diff: float, relative_diff: float) -> Report:
         assert self._keep is not None

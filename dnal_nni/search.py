@@ -127,7 +127,7 @@ def _entry(table: Tensor, step: int | Tensor) -> Tensor:
     return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
 
 
-def _ungated(name: str) -> str:
+def ungated(name: str) -> str:
     """The name that a parameter has while no gate acts on it."""
     return name.replace(".parametrizations", "").removesuffix(".original")
 
@@ -193,7 +193,7 @@ class Search:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:
-            self.saved = {_ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
+            self.saved = {ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
         self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=not self.progress)
         for gate in self.gates:
             gate.state = GateState.SOFT
@@ -228,8 +228,8 @@ class Search:
     def restore(self) -> None:
         """Give the model's weights and norm statistics the values that they had ahead of the first search."""
         for name, tensor in self._tensors():
-            if _ungated(name) in self.saved:
-                tensor.copy_(self.saved[_ungated(name)])
+            if ungated(name) in self.saved:
+                tensor.copy_(self.saved[ungated(name)])
 
     @property
     def learns_weights(self) -> bool:

@@ -18,7 +18,10 @@ from .inject import detach
 Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
 
 CHANGES = "_dnal_changes"
-"""Attribute of a cut network: what a cut did beside shapes, ``{"baked": [path], "stored": {path: number(s)}}``."""
+"""Attribute of a cut network: what a cut did beside the shapes of its state dict.
+
+``{"baked": [path], "stored": {path: number(s)}, "unsaved": [path of a buffer that is not persistent]}``.
+"""
 
 
 def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
@@ -44,7 +47,7 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         for member in group.members:
             mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
-    changes: dict[str, Any] = {"baked": [], "stored": {}}
+    changes: dict[str, Any] = {"baked": [], "stored": {}, "unsaved": []}
     for path, sides in masks.items():
         if any(side == "size" for side, _ in sides):
             changes["stored"][path] = _resize(slim, path, sides)
@@ -53,6 +56,8 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             for (_, dim), mask in sides.items():
                 assert dim is not None
                 _cut(slim.get_submodule(owner), name, dim, mask)
+            if name in slim.get_submodule(owner)._non_persistent_buffers_set:
+                changes["unsaved"].append(path)
         else:
             layer = slim.get_submodule(path)
             if bake(layer):
