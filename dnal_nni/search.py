@@ -186,6 +186,7 @@ class Search:
             self.momentum, self.scale = torch.zeros_like(self.score), self.score.new_zeros(())
         self._trainable: list[nn.Parameter] = []
         self.saved: dict[str, Tensor] = {}
+        self._random: Mapping[str, Tensor] = {}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -203,6 +204,8 @@ class Search:
                 gate.value = torch.ones_like(gate.s).requires_grad_()
         self._set_gates()
         self._freeze()
+        for device, state in self._random.items():
+            torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, self.score.device)
         return self
 
     def __exit__(
@@ -346,12 +349,22 @@ class Search:
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, object]:
-        """What a search needs to go on: tensors and numbers only."""
+        """What a search needs to go on: tensors and numbers only. Torch's random state of now is part of it."""
         tensors = {name: getattr(self, name).clone() for name in ("score", "momentum", "scale")}
-        return {"done": self.done, "steps": self.steps, "history": list(self.history), "saved": self.saved, **tensors}
+        random = {"cpu": torch.get_rng_state()}
+        if self.score.is_cuda:
+            random["cuda"] = torch.cuda.get_rng_state(self.score.device)
+        return {
+            "done": self.done,
+            "steps": self.steps,
+            "history": list(self.history),
+            "saved": self.saved,
+            "random": random,
+            **tensors,
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take up a search of the same number of steps."""
+        """Take up a search of the same number of steps; its random state is put back when the search is entered."""
         if state["steps"] != self.steps:
             raise DNALError(f"search(steps={self.steps}): the search to be resumed was planned for {state['steps']}")
         for name in ("score", "momentum", "scale"):
@@ -360,3 +373,4 @@ class Search:
         if self.scores is not None and self.done >= self.scores.moving:
             self.scores.settle()
         self.saved = dict(state["saved"])  # type: ignore[call-overload]
+        self._random = {name: value.cpu() for name, value in state.get("random", {}).items()}  # type: ignore[attr-defined]

@@ -56,8 +56,11 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             for (_, dim), mask in sides.items():
                 assert dim is not None
                 _cut(slim.get_submodule(owner), name, dim, mask)
-            if name in slim.get_submodule(owner)._non_persistent_buffers_set:
+            holder = slim.get_submodule(owner)
+            if name in holder._non_persistent_buffers_set:
                 changes["unsaved"].append(path)
+            if isinstance(holder, nn.Linear) and name == "weight":  # whose parent computes with its weight
+                holder.out_features, holder.in_features = holder.weight.shape
         else:
             layer = slim.get_submodule(path)
             if bake(layer):

@@ -129,9 +129,15 @@ def main() -> None:
     data = batches(train_x, train_y, 15, args.seed + 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
     model.train()
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / f"search-{args.seed}.safetensors"  # killed, the same command goes on from here
+    if checkpoint.exists():
+        pruner.load_checkpoint(checkpoint, optimizer)
     with pruner.search(steps=len(data), optimizer=optimizer) as search:
-        for x, y in data:
+        for x, y in data[search.done :]:
             search.step(F.cross_entropy(model(x), y))
+            if search.done % 50 == 0:
+                pruner.save_checkpoint(checkpoint, optimizer)
     slim = pruner.speedup()
     update_bn(data[:20], slim)
     train(slim, batches(train_x, train_y, 20, args.seed + 2), 0.05, "fine-tune")
@@ -141,7 +147,6 @@ def main() -> None:
     report.latency_ms = latency_ms([dense, slim], test_x)[:2]  # type: ignore[assignment]
     print(report)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     result = {
         name: {
             "flops": size.flops,
@@ -156,6 +161,7 @@ def main() -> None:
     partial.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(partial, args.out / "report.json")
     report.plot_widths(args.out / "widths.png")
+    checkpoint.unlink(missing_ok=True)
     print(f"\nwritten: {args.out / 'report.json'}, {args.out / 'widths.png'}")
 
 

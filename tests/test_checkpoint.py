@@ -56,10 +56,11 @@ def same(before: Any, after: Any) -> bool:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The same file with another header."""
+    """The same file with another header, and no checksum that would give it away."""
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
+    header["__metadata__"].pop("sum")
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
@@ -82,13 +83,13 @@ def edited(path: Path, part: str, change: Callable[[Any], Any]) -> Path:
 FAST = ["resnet18", "mobilenet_v3_small", "timm_regnety_002", "swin_t", "timm_nf_regnet_b0"]
 
 
-def round_trip(name: str, path: Path) -> None:
+def round_trip(name: str, path: Path, seconds: float = 20) -> None:
     entry = MODELS[name]
     torch.manual_seed(0)
     model = entry.build()
     dense = clone(model)
     x = entry.inputs(0, torch.float32)
-    slim = cut(model, x, seconds=20)
+    slim = cut(model, x, seconds=seconds)
     save_compressed(slim, path)
     loaded = load_compressed(dense, path)
     for mode in (False, True):
@@ -113,7 +114,7 @@ CLASSIFIERS = [name for name, entry in MODELS.items() if entry.task == "classifi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS[::4])
 def test_bit_equal_on_a_quarter_of_the_zoo(name: str, tmp_path: Path) -> None:
-    round_trip(name, tmp_path / "slim.safetensors")
+    round_trip(name, tmp_path / "slim.safetensors", 240)
 
 
 class Odd(nn.Module):
@@ -213,7 +214,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut in its header": (lambda path: path.write_bytes(path.read_bytes()[:60]), "cannot be read"),
     "longer than it says": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "cannot be read"),
     "a header of exabytes": (lambda path: path.write_bytes(b"\xff" * 7 + b"\x0f" + b"{}"), "cannot be read"),
-    "a bit of a tensor": (flipped, "is damaged: the bytes of its tensors do not have their checksum"),
+    "a bit of a tensor": (flipped, "is damaged: its bytes do not have their checksum"),
     "another format": (lambda path: rewritten(path, lambda h: h["__metadata__"].update(format="x")), "format 'x'"),
     "no format": (lambda path: rewritten(path, lambda h: h.pop("__metadata__")), "format None"),
     "deep JSON": (deep, "is damaged: its header is no JSON"),
