@@ -187,6 +187,16 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     return model
 
 
+def saved_report(path: str | os.PathLike[str]) -> Report:
+    """The report that :func:`save_compressed` wrote beside a network."""
+    from .report import Report
+
+    _, parts = read_tensors(path, FORMAT, "save_compressed")
+    if not isinstance(parts.get("report"), dict):
+        raise DNALError(f"{path} holds no report: it was saved without one")
+    return Report.from_dict(parts["report"])
+
+
 def _own_tensors(model: nn.Module, path: Any, header: _Header) -> dict[str, Tensor]:
     """The tensors that the model would have with its computed weights made plain; the model stays as it is."""
     own = dict(model.state_dict(keep_vars=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .schedule import delta_paper, delta_per_step, ramp
 PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
 MOMENTUM = 0.9
 REACH = 1.0
+BINS = 20  # of the gates' histogram in the history
 # From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
 # open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
 SETTLED = 0.75
@@ -171,7 +173,8 @@ class Search:
         self.gates = list(gates.values())
         self.optimizer, self.weights_learn, self.progress = optimizer, weights_learn, progress
         self.done = 0
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
+        self._loss: Tensor | None = None
         device = self.gates[0].s.device
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.scores: Scores | None = None
@@ -261,7 +264,8 @@ class Search:
 
         On a GPU, looking at the loss would wait for the device: there it is looked at with every entry of the history.
         """
-        wrong = ~torch.isfinite(loss.detach()).all() & (self.bad_step < 0)
+        self._loss = loss.detach()
+        wrong = ~torch.isfinite(self._loss).all() & (self.bad_step < 0)
         self.bad_step.masked_fill_(wrong.to(self.bad_step.device), self.done)
         if (not loss.is_cuda or self._reports(self.done + 1)) and int(self.bad_step) >= 0:
             raise DNALError(
@@ -301,7 +305,15 @@ class Search:
         if self._reports(self.done):
             g = torch.cat([gate().detach() for gate in self.gates]).double()
             cost = float(self.objective.relative(g).mean()) if self.objective is not None else float(g.mean())
-            self.history.append({"step": self.done, "delta": float(self.gates[0].delta), "cost": cost})
+            self.history.append(
+                {
+                    "step": self.done,
+                    "delta": float(self.gates[0].delta),
+                    "cost": cost,
+                    "loss": None if self._loss is None else float(self._loss),
+                    "gates": torch.histc(g, BINS, 0, 1).long().tolist(),
+                }
+            )
             self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
 
     def _reports(self, step: int) -> bool:
