@@ -7,12 +7,10 @@ import dataclasses
 import itertools
 import json
 import math
-import platform
 import random
 import statistics
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +126,7 @@ def compress(settings: Settings, command: str | None = None) -> Report:
         _check_same(settings, state["settings"], out / CHECKPOINT)
     run = _Run(settings, state)
     report = run.finetune(*run.search())
-    report.command, report.settings, report.versions = command, settings.to_dict(), versions()
+    report.command, report.settings = command, settings.to_dict()
     save_compressed(run.slim, out / NETWORK, report)
     write_whole(out / PAGE, lambda path: path.write_text(report.to_html()))
     write_whole(finished, lambda path: path.write_text(report.to_json() + "\n"))
@@ -162,15 +160,6 @@ def _check_same(settings: Settings, theirs: dict[str, Any], path: Path) -> None:
                 f"{path} is of a run with {name} {theirs.get(name)!r}, and this one has {mine!r}: choose another "
                 "--out, or delete it"
             )
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("dnal_nni", "torch", "torchvision", "fvcore", "nni"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def seed_everything(seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .report import GroupReport, Report
@@ -17,7 +17,7 @@ th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; } 
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; } figcaption { font-weight: 600; }
 svg text { font: 11px system-ui, sans-serif; fill: #555; }
-.bar { background: #ddd; height: .8rem; } .bar div { background: #1f77b4; height: 100%; }
+.bar { background: #ddd; height: .8rem; margin-top: .35rem; } .bar div { background: #1f77b4; height: 100%; }
 code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
 """
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 220, 52, 34  # of a chart in pixels; room for its numbers
@@ -25,7 +25,7 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 220, 52, 34  # of a chart in pixels; room
 
 def page(report: Report) -> str:
     """The whole page, for ``report.to_html()``."""
-    parts = ["<h1>DNAL report</h1>", _origin(report), _summary(report), _equality(report), _search(report.history)]
+    parts = ["<h1>DNAL report</h1>", _origin(report), _summary(report), _equality(report), _search(report)]
     cut = [group for group in report.groups if group.frozen is None]
     whole = [group for group in report.groups if group.frozen is not None]
     if cut:
@@ -57,7 +57,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 def _summary(report: Report) -> str:
     rows = [[escape(cell) for cell in row] for row in report.rows()]
-    table = _table(["", "before", "after", "after / before"], rows, (1, 2, 3))
+    table = _table(["", "before", "after", "change"], rows, (1, 2, 3))
     target = f"<p>Target: {report.target:.1%} of the {report.objective}.</p>" if report.target is not None else ""
     return f"<h2>Before and after</h2>\n{table}\n{target}"
 
@@ -65,19 +65,20 @@ def _summary(report: Report) -> str:
 def _equality(report: Report) -> str:
     if report.max_abs_diff is None:
         return ""
-    exact = "" if report.relative_diff is None else f" ({report.relative_diff:.1e} of the output in the finer check)"
+    exact = f", relative, in float64: {report.relative_diff:.1e}" if report.relative_diff is not None else ""
     return (
         "<p>The cut network was compared with the hard-gated one in eval and train mode: the largest difference of an "
         f"output is {report.max_abs_diff:.1e}{exact}.</p>"
     )
 
 
-def _search(history: Sequence[dict[str, Any]]) -> str:
-    charts = []
-    for key, title, unit in (("cost", "Expected cost", "of the dense network"), ("loss", "Loss", "of the task")):
+def _search(report: Report) -> str:
+    history, charts = report.history, []
+    kind = {"flops": "FLOPs", "params": "Parameters", None: "Open gates"}.get(report.objective, str(report.objective))
+    for key, title, mark in (("cost", f"{kind}, of the dense network's", report.target), ("loss", "Loss", None)):
         points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
         if len(points) > 1:
-            charts.append(_line(f"{title}, {unit}", points))
+            charts.append(_line(title, points, mark))
     counts = [(entry["step"], entry["gates"]) for entry in history if entry.get("gates")]
     if len(counts) > 1:
         charts.append(_heat("Gates: from closed (0) to open (1)", counts))
@@ -103,7 +104,8 @@ def _frame(title: str, steps: Sequence[float], low: float, high: float, inside: 
     )
 
 
-def _line(title: str, points: Sequence[tuple[float, float]]) -> str:
+def _line(title: str, points: Sequence[tuple[float, float]], mark: float | None) -> str:
+    """A curve, and a dashed line at ``mark``."""
     steps, values = [step for step, _ in points], [value for _, value in points]
     low, high = min(0.0, *values), max(values)
     across, up = _WIDTH - 12 - _LEFT, _HEIGHT - _BOTTOM - 8
@@ -113,6 +115,10 @@ def _line(title: str, points: Sequence[tuple[float, float]]) -> str:
         for step, value in points
     )
     inside = f'<polyline points="{path}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>'
+    if mark is not None:
+        y = 8 + up * (high - mark) / rise
+        inside += f'<path d="M{_LEFT} {y:.1f}h{across}" stroke="#d62728" stroke-dasharray="4 4"/>'
+        inside += f'<text x="{_WIDTH - 12}" y="{y - 4:.1f}" text-anchor="end">target {mark:.3g}</text>'
     return _frame(title, steps, low, high, inside)
 
 

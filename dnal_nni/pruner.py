@@ -29,7 +29,7 @@ from .groups import ChannelGroup, groups_of
 from .inject import attach, check_model, detach, is_gated
 from .latency import latencies
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
-from .report import GroupReport, Report
+from .report import GroupReport, Report, versions
 from .resume import load_state, save_state
 from .search import PAPER_THRESHOLD, Search, importance
 from .slim import slim_copy
@@ -541,6 +541,7 @@ class DNALPruner(Pruner):
             seconds=dict(self._seconds),
             history=list(self._search.history) if self._search is not None else [],
             latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
+            versions=versions(),
         )
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import platform
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .cost import Complexity
@@ -164,6 +167,15 @@ class Report:
         axes.set_xticks(places, [g.name for g in self.groups], rotation=90, fontsize=8)
         axes.legend()
         figure.savefig(path, dpi=120)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("dnal_nni", "torch", "torchvision", "fvcore", "nni"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _add_histogram(writer: Any, counts: list[int], step: int) -> None:

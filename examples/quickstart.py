@@ -2,8 +2,8 @@
 
     python examples/quickstart.py --out out
 
-About a minute on two CPU cores; nothing is downloaded. Writes OUT/report.json, OUT/report.html and OUT/widths.png. Expect about 98 %
-accuracy before and after.
+About a minute on two CPU cores; nothing is downloaded. Writes OUT/report.json, OUT/report.html and OUT/widths.png.
+Expect about 98 % accuracy before and after.
 """
 
 import argparse
