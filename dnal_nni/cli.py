@@ -151,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--data", metavar="DATA", help="a folder of images by class, or package.module:function for loaders")
     option("--out", type=Path, metavar="DIR", help="folder for the results; made if need be")
     option("--flops", type=float, metavar="F", help="FLOPs to keep: up to 1 a fraction, above 1 a number")
-    option("--params", type=float, metavar="F", help="or parameters to keep, likewise")
+    option("--params", type=float, metavar="F", help="parameters to keep, likewise; of several limits, all hold")
+    option("--latency", type=float, metavar="MS", help="milliseconds of one input to keep, likewise")
     option("--weights", type=Path, metavar="FILE", help="trained weights: safetensors, or a state dict of torch.save")
     option("--kwargs", type=_json_object, metavar="JSON", help="keyword arguments of TARGET")
     option("--input", type=_shape, metavar="SHAPE", help=f"{shape}: size of a folder's images (1,3,224,224)")
@@ -208,8 +209,9 @@ def _compress(arguments: argparse.Namespace) -> str:
     for name, what in (("model", "TARGET"), ("data", "--data"), ("out", "--out")):
         if name not in options:
             raise DNALError(f"{what} is missing; see dnal compress --help")
-    if ("flops" in given) != ("params" in given):  # the command line overrules the file
-        options.pop("params" if "flops" in given else "flops", None)
+    limits = ("flops", "params", "latency")
+    if any(name in given for name in limits):  # instead of all limits in the file
+        options |= {name: given.get(name) for name in limits}
     settings = Settings(**options)
     report = compress(settings, shlex.join(["dnal", *sys.argv[1:]]))
     if tensorboard:

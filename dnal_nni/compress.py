@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import random
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from .data import loaders
 from .errors import DNALError
 from .files import write_whole
 from .graph import FORWARD_ERRORS, Conv
+from .latency import latencies
 from .report import Report
 from .resume import load_state, save_state
 from .targets import load_target, load_weights, told
@@ -47,7 +47,9 @@ class Settings:
         model: the network, as ``package.module:callable``.
         data: a folder of images, or ``package.module:callable``: see :mod:`dnal_nni.data`.
         out: folder for the results.
-        flops: fraction of the FLOPs to keep, or, above 1, how many; or else ``params``, the same of the parameters.
+        flops: fraction of the FLOPs to keep, or, above 1, how many.
+        params: the same of the parameters.
+        latency: the same of a forward pass on one input, in milliseconds. Of several limits, all hold.
         kwargs: keyword arguments of ``model``.
         weights: file with its state dict.
         input: shape of one input batch; for a folder of images, their size.
@@ -64,6 +66,7 @@ class Settings:
     out: Path
     flops: float | None = None
     params: float | None = None
+    latency: float | None = None
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: Path | None = None
     input: tuple[int, ...] | None = None
@@ -92,7 +95,7 @@ class Settings:
         self.budget()
 
     def budget(self) -> Budget:
-        return Budget(flops=self.flops, params=self.params)
+        return Budget(flops=self.flops, params=self.params, latency=self.latency)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON keeps."""
@@ -281,7 +284,8 @@ class _Run:
         report = pruner.report
         report.seconds["search"] = seconds
         pruner.unwrap_model()  # the dense network as it was
-        report.latency_ms = latencies_ms(pruner.bound_model, self.slim, self.dummy_input)
+        dense, slim = latencies([pruner.bound_model, self.slim], self.dummy_input)
+        report.latency_ms = (dense, slim)
         if before is not None:
             report.accuracy = (before, self.accuracy(self.slim) or 0.0)
         save_compressed(self.slim, self.settings.out / NETWORK, report)
@@ -334,22 +338,6 @@ def cosine(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-@torch.no_grad()
-def latencies_ms(dense: nn.Module, slim: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Median of a forward pass on one input in eval mode; both take turns."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for turn in range(25):
-        for model, times in zip((dense, slim), taken):
-            model.eval()
-            start = time.perf_counter()
-            model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            if turn >= 5:
-                times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(taken[0]), statistics.median(taken[1])
 
 
 def _device(name: str) -> torch.device:

@@ -58,7 +58,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 def _summary(report: Report) -> str:
     rows = [[escape(cell) for cell in row] for row in report.rows()]
     table = _table(["", "before", "after", "change"], rows, (1, 2, 3))
-    target = f"<p>Target: {report.target:.1%} of the {report.objective}.</p>" if report.target is not None else ""
+    aims = ", ".join(f"{value:.1%} of the {kind}" for kind, value in report.targets.items())
+    target = f"<p>Target: {aims}.</p>" if aims else ""
     return f"<h2>Before and after</h2>\n{table}\n{target}"
 
 
@@ -74,8 +75,8 @@ def _equality(report: Report) -> str:
 
 def _search(report: Report) -> str:
     history, charts = report.history, []
-    kind = {"flops": "FLOPs", "params": "Parameters", None: "Open gates"}.get(report.objective, str(report.objective))
-    for key, title, mark in (("cost", f"{kind}, of the dense network's", report.target), ("loss", "Loss", None)):
+    cost = f"{' and '.join(report.targets)}, as a fraction of the dense network's" if report.targets else "Open gates"
+    for key, title, mark in (("cost", cost, min(report.targets.values(), default=None)), ("loss", "loss", None)):
         points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
         if len(points) > 1:
             charts.append(_line(title, points, mark))

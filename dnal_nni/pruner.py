@@ -84,6 +84,8 @@ class DNALPruner(Pruner):
     ) -> None:
         if preset not in ("default", "paper"):
             raise DNALError(f"preset={preset!r}: choose 'default' or 'paper'")
+        if not isinstance(lambda_, (int, float)) or not 0 <= lambda_ < float("inf"):
+            raise DNALError(f"lambda_={lambda_!r}: must be a number >= 0")
         if arch_lr is not None and not 0 <= arch_lr < float("inf"):
             raise DNALError(f"arch_lr={arch_lr!r}: must be a number >= 0, or None for the preset's own")
         if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
