@@ -216,9 +216,8 @@ def dnal(run: Run) -> Generator[None, None, Outcome]:
     return (yield from searched(run, run.args.search_epochs))
 
 
-def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
-    """The paper's share of architecture epochs (10 of 80), frozen weights; cut to the budget by the order of s."""
-    epochs = max(1, round(run.args.epochs / 8))
+def paper_search(run: Run, epochs: int, lambda_: float) -> Generator[None, None, tuple[Tensor, dict[str, Any]]]:
+    """The paper's architecture phase: frozen weights, SGD on s from 0; s (float64 [units]), and what happened."""
     steps = epochs * run.per_epoch
     s = torch.zeros(run.net.units, dtype=torch.float64, device=run.net.device)
     momentum = torch.zeros_like(s)
@@ -229,7 +228,7 @@ def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
         assert g.grad is not None
         now, then = (table.index_select(0, at.clamp(max=steps - 1)) for at in (step - 1, step))
         soft, sigma = g.double(), torch.sigmoid(s)
-        grad = g.grad.double() * now * soft * (1 - soft) + PAPER_LAMBDA * sigma * (1 - sigma)
+        grad = g.grad.double() * now * soft * (1 - soft) + lambda_ * sigma * (1 - sigma)
         momentum.mul_(PAPER_MOMENTUM).add_(grad)
         s.sub_(momentum, alpha=PAPER_LR)
         g.copy_(torch.sigmoid(then * s))
@@ -237,8 +236,14 @@ def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
     yield from run.training(g, [0.0] * steps, 1, architecture=architecture, frozen=True).steps()
     accuracy = yield from run.net.accuracy(run.weights, g, run.test)
     decided = float(((g < 0.05) | (g > 0.95)).float().mean())
-    keep = yield from run.elsewhere(cut_by_score, s.cpu(), [])
-    return keep, {"epochs": epochs, "accuracy_search": accuracy, "decided": decided}
+    return s.cpu(), {"epochs": epochs, "accuracy_search": accuracy, "decided": decided}
+
+
+def dnal_paper(run: Run) -> Generator[None, None, Outcome]:
+    """The paper's share of architecture epochs (10 of 80); cut to the budget by the order of s."""
+    s, found = yield from paper_search(run, max(1, round(run.args.epochs / 8)), PAPER_LAMBDA)
+    keep = yield from run.elsewhere(cut_by_score, s, [])
+    return keep, found
 
 
 def distilled(method: Method) -> Method:

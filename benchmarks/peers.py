@@ -51,7 +51,7 @@ from torch import nn
 from dnal_nni import measure
 
 RECALIBRATION_BATCHES = 50
-LINES = "runs.jsonl"
+RUNS = LINES = "runs.jsonl"  # ablations.py writes lines of its own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def run(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    lines, extra = args.out / LINES, provenance(args)
-    done = {key(line) for line in read_lines(lines)}
+    extra = provenance(args)
+    done = {key(line) for name in (RUNS, LINES) for line in read_lines(args.out / name)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     dense = [Job(d, m, args.width, 1.0, "dense", s) for d in args.datasets for m in args.models for s in seeds]
     jobs = [dataclasses.replace(j, budget=b, method=m) for m in args.methods for b in args.budgets for j in dense]
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
         if "error" in result:
             print(job, result["error"], result["trace"][-1500:], flush=True)
             return
-        with lines.open("a") as file:
+        with (args.out / (RUNS if job.method == "dense" else LINES)).open("a") as file:
             file.write(json.dumps({**dataclasses.asdict(job), **result, **extra}) + "\n")
         what = f"{job.dataset} {job.model} {job.budget:g} seed {job.seed} {job.method}"
         print(f"{time.perf_counter() - start:5.0f} s  {what}: {result['accuracy']:.2f} %", flush=True)
@@ -297,14 +297,10 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    lines = [x for x in read_lines(args.out / "runs.jsonl") if x["method"] == "dense" or x["method"] in METHODS]
+    lines = [x for x in read_lines(args.out / RUNS) if x["method"] == "dense" or x["method"] in METHODS]
     text = table(lines).lstrip("\n")
-    changed = read_lines(args.out / "ablations.jsonl")
-    if changed:
-        # settings are compared on the seeds that all of them have
-        seeds = [{x["seed"] for x in changed if x["method"] == name} for name in {x["method"] for x in changed}]
-        shared = set.intersection(*seeds)
-        text += "\n## Settings of the search\n" + table([x for x in changed if x["seed"] in shared])
+    if changed := [x for x in read_lines(args.out / "ablations.jsonl") if x["method"] != "dense"]:
+        text += "\n## Settings of the search\n" + table(changed + [x for x in lines if x["method"] == "dense"])
     (args.out / "table.md").write_text(text)
     plot(lines, args.out / "curves.png")
     print(text)

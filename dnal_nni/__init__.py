@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import DNALError as DNALError
     from .masks import speedup as speedup
     from .pruner import DNALPruner as DNALPruner
+    from .strategy import DNALStrategy as DNALStrategy
 
 __version__ = "0.1.0"
 
@@ -24,13 +25,14 @@ _HOME = {
     "Complexity": "cost",
     "DNALError": "errors",
     "DNALPruner": "pruner",
+    "DNALStrategy": "strategy",
     "load_compressed": "checkpoint",
     "measure": "cost",
     "register_adapter": "adapters",
     "save_compressed": "checkpoint",
     "speedup": "masks",
 }
-__all__ = list(_HOME)
+__all__ = [name for name in _HOME if name != "DNALStrategy"]  # for which pytorch_lightning must be installed
 
 
 def __getattr__(name: str) -> Any:

@@ -89,6 +89,8 @@ class Objective:
         targets: float64 ``[k]``.
         owner: int64 ``[units]``: the target that each unit's price belongs to.
         pool_sizes: int64 ``[k]``: units per target.
+        choices: of each group, whether its units are candidates of a supernet instead of channels.
+        whole: float64 ``[units]``: what each unit costs in the uncut network.
     """
 
     def __init__(
@@ -102,20 +104,27 @@ class Objective:
         self.cost, self.budget, self.limits = cost, budget, limits
         self.sizes = cost.sizes
         self.group_of = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        self.choices = [group.choice for group in cost.active]
+        self._must = first_ranks(self.sizes, [g.least if g.choice else 0 for g in cost.active])
+        self._may = first_ranks(self.sizes, [g.most or g.channels for g in cost.active])
         if budget is not None:
             self.fractions = budget.fractions(cost.dense)
             self.targets = torch.tensor([min(self.fractions.values())], dtype=torch.float64)
             self.owner = torch.zeros_like(self.group_of)
-            self._check_reachable()
         else:
             self.owner = torch.tensor(pools)[self.group_of]
             self.targets = torch.tensor(kept, dtype=torch.float64) / self.owner.bincount()
         self.pool_sizes = self.owner.bincount()
+        g = torch.ones(len(self.group_of), dtype=torch.float64, requires_grad=True)
+        with torch.enable_grad():
+            (self.whole,) = torch.autograd.grad(self.relative(g).sum(), g)
+        if budget is not None:
+            self._check_reachable()
 
     def to(self, device: torch.device | str) -> Objective:
         """Move to a device, in place."""
         self.cost.to(device)
-        for name in ("group_of", "targets", "owner", "pool_sizes"):
+        for name in ("group_of", "targets", "owner", "pool_sizes", "whole", "_must", "_may"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -141,30 +150,47 @@ class Objective:
         ]
         return torch.stack(over).amax(0)
 
+    def candidates(self, score: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+        """What must be open of every choice, and what may, bool ``[units]`` each; channels must not, and may.
+
+        The candidates that are worth most, or lose least. A candidate is worth its score, less the price, times its
+        cost. Scores are per cost: by themselves they would keep the dearest one where nothing but the cheapest fits.
+        """
+        worth = (score - price) * (self.whole + 1e-3 * self.whole.mean())  # those that cost nothing are ranked too
+        must, may = best_of_group(worth, self.group_of, torch.stack([self._must, self._may]))
+        return must, may
+
+    def _smallest(self, counts: Sequence[int]) -> Tensor:
+        """Gates with so many open channels in each group, and the cheapest candidates: float64 ``[units]``."""
+        channels = [0 if choice else count for count, choice in zip(counts, self.choices)]
+        nothing = torch.zeros_like(self.whole)
+        return (first_ranks(self.sizes, channels) | self.candidates(nothing, nothing + 1.0)[0]).double()
+
     def floor(self) -> list[int]:
-        """Units of each group held open while searching: no group may close whole, or collapse."""
+        """Channels of each group held open while searching: no group may close whole, or collapse.
+
+        0 for choices: which candidate stays is a question of the price, see :meth:`candidates`.
+        """
         if self.budget is None:
             return list(self.limits.least)
         fraction = float(self.targets[0])
         while True:
             floor = [
-                min(most, max(least, multiple * math.ceil(fraction * size / multiple)))
-                for size, least, most, multiple in zip(
-                    self.sizes, self.limits.least, self.limits.most, self.limits.multiples
+                0 if choice else min(most, max(least, multiple * math.ceil(fraction * size / multiple)))
+                for size, least, most, multiple, choice in zip(
+                    self.sizes, self.limits.least, self.limits.most, self.limits.multiples, self.choices
                 )
             ]
-            least = torch.cat([(torch.arange(s) < f).double() for s, f in zip(self.sizes, floor)])
             # leave room: with every group at its floor there would be nothing left to learn
-            if float(self.relative(least)[0]) <= 0.8 * float(self.targets[0]) or fraction < 1e-3:
+            if float(self.relative(self._smallest(floor))[0]) <= 0.8 * float(self.targets[0]) or fraction < 1e-3:
                 return floor
             fraction *= 0.8
 
     def _check_reachable(self) -> None:
         asked, target = ", ".join(f"{k}={v:.3g}" for k, v in self.fractions.items()), float(self.targets[0])
-        lowest, highest = (
-            float(self.relative(first_ranks(self.sizes, counts).double())[0])
-            for counts in (self.limits.least, self.limits.most)
-        )
+        nothing = torch.zeros_like(self.whole)
+        most = (first_ranks(self.sizes, self.limits.most) & self.candidates(nothing + 1.0, nothing)[1]).double()
+        lowest, highest = (float(self.relative(g)[0]) for g in (self._smallest(self.limits.least), most))
         if lowest > target:
             left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio and channel_multiple keep"
             raise DNALError(
@@ -172,9 +198,12 @@ class Objective:
                 f"may be cut, {lowest / target:.3g} times the budget remains; raise it or exclude fewer layers"
             )
         if highest < 0.99 * target:
+            limit, remedy = "min_sparse_ratio", "min_sparse_ratio"
+            if not bool(self._may.all()):
+                limit, remedy = "single_path", "do without single_path"
             raise DNALError(
-                f"Budget({asked}) is more than min_sparse_ratio leaves ({highest / target:.3g} times the budget): "
-                "lower the budget or min_sparse_ratio"
+                f"Budget({asked}) is more than {limit} leaves ({highest / target:.3g} times the budget): lower the "
+                f"budget or {remedy}"
             )
 
 

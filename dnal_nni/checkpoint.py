@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from . import __version__
 from .adapters import adapt
 from .bake import bake
+from .choices import Choice
 from .errors import DNALError
 from .files import check_sum, read_tensors, write_tensors
 from .graph import FORWARD_ERRORS, Conv, RMSNorm, clone
 from .inject import is_gated
-from .slim import CHANGES
+from .slim import CHANGES, drop
 
 if TYPE_CHECKING:
     from .report import Report
@@ -65,7 +66,7 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Repor
     """
     if is_gated(slim):
         raise DNALError("save_compressed: this network still has gates: save what speedup() returned")
-    changes = getattr(slim, CHANGES, {"baked": [], "stored": {}, "unsaved": []})
+    changes = getattr(slim, CHANGES, {"choices": {}, "baked": [], "stored": {}, "unsaved": []})
     state = dict(slim.state_dict(keep_vars=True))
     state |= {name: slim.get_buffer(name) for name in changes.get("unsaved", ())}
     tensors: dict[str, Tensor] = {}
@@ -97,6 +98,7 @@ class _Header:
     Attributes:
         sizes: by layer, its channel counts.
         aliases: names of tensors that are another one, and of which.
+        choices: by path of a choice among candidates, 0 or 1 for each: those that went.
         baked: layers whose weight is not computed any more.
         stored: new values of numbers that modules keep about their channels.
         unsaved: buffers that no state dict holds, but that were cut.
@@ -104,6 +106,7 @@ class _Header:
 
     sizes: dict[str, dict[str, int]]
     aliases: dict[str, str]
+    choices: dict[str, list[int]]
     baked: list[str]
     stored: dict[str, int | list[int]]
     unsaved: list[str]
@@ -115,6 +118,7 @@ def _header(path: Any, parts: Mapping[str, Any]) -> _Header:
         raise DNALError(f"{path} is damaged: its header has no 'changes'")
     found: dict[str, Any] = {name: parts.get(name) for name in ("sizes", "aliases")}
     found |= {name: changes.get(name) for name in ("baked", "stored")} | {"unsaved": changes.get("unsaved", [])}
+    found["choices"] = changes.get("choices", {})
     header = _Header(**found)  # of any types: they are checked next
 
     def mapping(value: Any, entry: Callable[[Any], bool]) -> bool:
@@ -132,6 +136,7 @@ def _header(path: Any, parts: Mapping[str, Any]) -> _Header:
     for what, right in (
         ("sizes", mapping(header.sizes, lambda sizes: mapping(sizes, number))),
         ("aliases", mapping(header.aliases, name)),
+        ("choices", mapping(header.choices, lambda kept: sequence(kept, lambda value: value in (0, 1)))),
         ("baked", sequence(header.baked, name)),
         ("stored", mapping(header.stored, lambda value: number(value) or sequence(value, number))),
         ("unsaved", sequence(header.unsaved, name)),
@@ -160,19 +165,23 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     for name, first in header.aliases.items():
         if first not in tensors or name in tensors:
             raise DNALError(f"{path} is damaged: it has no {first} for {name} to be the same as")
-    own = _own_tensors(model, path, header)
+    planned = _chosen(model, path, header.choices)
+    own = _own_tensors(planned, path, header)
     _check_tensors(path, own, tensors, header.aliases)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    _check_sizes(dict(model.named_modules()), path, header.sizes, tensors)
+    modules = dict(planned.named_modules(remove_duplicate=False))
+    _check_sizes(dict(planned.named_modules()), path, header.sizes, tensors)
     stored = _check_stored(modules, path, header.stored)
     check_sum(path, parts)
     try:
-        holders = {name: _holder(modules, name) for name in own}
+        for name in own:
+            _holder(modules, name)
     except KeyError as error:
         raise DNALError(f"the model's state has a {error} that is no parameter or buffer of a module") from error
     new = {name: _like(own[name], tensor) for name, tensor in tensors.items()}
 
-    adapt(model)  # the first change
+    drop(model, header.choices)  # the first change
+    adapt(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for layer in header.baked:
         bake(modules[layer])
     for layer, sizes in header.sizes.items():
@@ -180,8 +189,10 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
             setattr(modules[layer], attribute, (size,) if attribute == "normalized_shape" else size)
     for number, value in stored.items():
         setattr(*_holder(modules, number), value)
-    setattr(model, CHANGES, {"baked": header.baked, "stored": header.stored, "unsaved": header.unsaved})
-    for name, (module, attribute) in holders.items():
+    changes = {name: getattr(header, name) for name in ("choices", "baked", "stored", "unsaved")}
+    setattr(model, CHANGES, changes)
+    for name in own:
+        module, attribute = _holder(modules, name)
         held: dict[str, Any] = module._parameters if isinstance(own[name], nn.Parameter) else module._buffers
         held[attribute] = new[header.aliases.get(name, name)]
     return model
@@ -195,6 +206,23 @@ def saved_report(path: str | os.PathLike[str]) -> Report:
     if not isinstance(parts.get("report"), dict):
         raise DNALError(f"{path} holds no report: it was saved without one")
     return Report.from_dict(parts["report"])
+
+
+def _chosen(model: nn.Module, path: Any, choices: dict[str, list[int]]) -> nn.Module:
+    """The model without the candidates that went: a copy, where there are some."""
+    if not choices:
+        return model
+    model = clone(model)
+    for place in sorted(choices, key=len):
+        try:
+            choice = model.get_submodule(place)
+        except AttributeError:
+            continue  # inside of a candidate that is gone; else tensors are missing, which is seen next
+        number = len(choices[place])
+        if not isinstance(choice, Choice) or len(choice.units) != number:
+            raise DNALError(f"{path} does not fit the model: {place} is no choice among {number} candidates")
+        drop(model, {place: choices[place]})
+    return model
 
 
 def _own_tensors(model: nn.Module, path: Any, header: _Header) -> dict[str, Tensor]:

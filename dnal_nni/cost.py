@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choices import choices_of
 from .graph import Conv, VertexKey, clone, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
@@ -69,11 +70,16 @@ def measure(model: nn.Module, dummy_input: Any) -> Complexity:
     return Complexity(flops_by_module(model, dummy_input)[""], sum(p.numel() for p in model.parameters()))
 
 
+def _lies_in(path: str, part: str) -> bool:
+    return f"{path}.".startswith(f"{part}.")
+
+
 class CostModel:
     """FLOPs, parameters and latency of the network as differentiable functions of all gates.
 
     A layer costs ``dense cost * open fraction of its inputs * open fraction of its outputs``; the open fraction of a
-    tensor is the mean of the gates of its channels (1 for channels without a gate). At 0/1 gates this is fvcore's count
+    tensor is the mean of the gates of its channels (1 for channels without a gate). What lies in a candidate of a
+    supernet costs that times the gate of the candidate, and of all those around it. At 0/1 gates this is fvcore's count
     of the sliced network, but for operations outside of layers (functional pooling, attention), which stay constant.
 
     Args:
@@ -98,6 +104,12 @@ class CostModel:
             for member in group.members:
                 if member.side == "size":
                     continue
+                if group.choice:
+                    for unit in range(member.width):
+                        row_of[member.path, "choice", unit] = len(row_of) + 1
+                        channels.append(1)
+                        counts[len(row_of), offset + unit] = 1
+                    continue
                 key = (member.path, member.side, member.dim)
                 if key not in row_of:
                     row_of[key] = len(row_of) + 1
@@ -115,33 +127,53 @@ class CostModel:
         self.first = self.last - entries
         self.base = 1 - torch.from_numpy(np.bincount(rows, weight, minlength=len(channels)))
 
-        terms: list[tuple[float, float, float, int, int]] = []  # flops, params, latency, row a, row b
+        # place, flops, params, latency, row a, row b
+        terms: list[tuple[str, float, float, float, int, int]] = []
         tensors = dict(model.named_parameters())
         buffers = dict(model.named_buffers())
-        for path in sorted({path for path, _, _ in row_of}):
+        for path in sorted({path for path, side, _ in row_of if side != "choice"}):
             rows_here = [row for key, row in row_of.items() if key[0] == path]
             if path in buffers:
                 continue
             if path in tensors:
-                terms.append((0.0, tensors[path].numel(), 0.0, rows_here[0], rows_here[1] if len(rows_here) > 1 else 0))
+                b = rows_here[1] if len(rows_here) > 1 else 0
+                terms.append((path, 0.0, tensors[path].numel(), 0.0, rows_here[0], b))
                 continue
             module = model.get_submodule(path)
             flops, time = float(flops_of[path]), latency_of.get(path, LayerLatency(0.0, 0.0, 0.0, 0.0))
             if isinstance(module, (Conv, nn.Linear)):
                 a, b = row_of.get((path, "in", None), 0), row_of.get((path, "out", None), 0)
                 a = 0 if whole_groups(module) else a
-                terms.append((flops, module.weight.numel(), time.by_both, a, b))
-                terms.append((0.0, module.bias.numel() if module.bias is not None else 0, time.by_out, b, 0))
+                terms.append((path, flops, module.weight.numel(), time.by_both, a, b))
+                terms.append((path, 0.0, module.bias.numel() if module.bias is not None else 0, time.by_out, b, 0))
                 if a:
-                    terms.append((0.0, 0.0, time.by_in, a, 0))
+                    terms.append((path, 0.0, 0.0, time.by_in, a, 0))
             else:
                 own = sum(p.numel() for p in module.parameters(recurse=False))
-                terms.append((flops, own, time.by_out, row_of[path, "both", None], 0))
+                terms.append((path, flops, own, time.by_out, row_of[path, "both", None], 0))
+
+        parts = {
+            f"{path}.{part}": [row_of[path, "choice", unit] for unit in units]
+            for path, choice in choices_of(model).items()
+            for part, units in choice.parts().items()
+            if units and (path, "choice", 0) in row_of
+        }
+        for part in sorted(parts, key=len, reverse=True):  # what does not go with channels goes with its candidate
+            flops, params = float(flops_of[part]), float(sum(p.numel() for p in model.get_submodule(part).parameters()))
+            ms = float(sum(sum(layer) for path, layer in latency_of.items() if _lies_in(path, part)))
+            for place, *costs, _, _ in terms:
+                if _lies_in(place, part):
+                    flops, params, ms = flops - costs[0], params - costs[1], ms - costs[2]
+            terms.append((part, flops, params, ms, 0, 0))
+        around = [[row for part, rows in parts.items() if _lies_in(t[0], part) for row in rows] for t in terms]
+        nesting = max(map(len, around), default=0)
+        # [nesting, terms]: the gates that each term is multiplied by
+        self.around = torch.tensor([rows + [0] * (nesting - len(rows)) for rows in around], dtype=torch.int64).T
         columns = list(zip(*terms))
         self.flop_terms, self.param_terms, self.latency_terms = (
-            torch.tensor(column, dtype=torch.float64) for column in columns[:3]
+            torch.tensor(column, dtype=torch.float64) for column in columns[1:4]
         )
-        self.a, self.b = (torch.tensor(column) for column in columns[3:])
+        self.a, self.b = (torch.tensor(column) for column in columns[4:])
         self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
         self.param_rest = self.dense.params - float(self.param_terms.sum())
         self.latency_rest = (whole or 0.0) - float(self.latency_terms.sum())
@@ -158,7 +190,10 @@ class CostModel:
         share = self.weight.to(g.dtype) * g.index_select(-1, self.units)
         sums = F.pad(share.cumsum(-1), (1, 0))
         f = self.base.to(g.dtype) + sums.index_select(-1, self.last) - sums.index_select(-1, self.first)
-        return f.index_select(-1, self.a) * f.index_select(-1, self.b)
+        share = f.index_select(-1, self.a) * f.index_select(-1, self.b)
+        for rows in self.around:
+            share = share * f.index_select(-1, rows)
+        return share
 
     def flops(self, g: Tensor) -> Tensor:
         """Expected FLOPs ``[...]`` at gates ``g``: all active groups' gates concatenated, float ``[..., units]``."""

@@ -17,15 +17,16 @@ TRIES, CHUNK = 5000, 256  # structures that are tried to close a larger one; in 
 def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
     """The units to keep, bool ``[units]``: in the order of ``s``, as many as the budget allows, to the channel.
 
-    At least ``floor`` units of each group stay. The threshold leaves a gap smaller than one unit (than one multiple,
-    where channels go by multiples); what is next in rank and still fits closes it, or blocks
-    that change places.
+    At least ``floor`` units of each group of channels stay, and one candidate of every choice. The threshold leaves a
+    gap smaller than one unit (than one multiple, where channels go by multiples); what is next in rank and still fits
+    closes it, or blocks that change places.
 
     Args:
         target: fraction of the dense cost, instead of the budget's own (to correct for what the model cannot see).
     """
     s = s.detach().double().cpu()
     objective.to("cpu")
+    floor = [0 if choice else count for count, choice in zip(floor, objective.choices)]
     keep = best_of_group(s, objective.group_of, first_ranks(objective.sizes, floor))
     blocks = _blocks(objective, s, floor)
     if objective.budget is None:
@@ -42,22 +43,38 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     def spent(mask: Tensor) -> float:
         return float(objective.relative(mask.double())[0])
 
+    smallest = keep
+
+    def best(count: int, above: float = 0.0) -> Tensor:
+        """The first blocks, and the candidates that must stay at the price of the next one, or above it."""
+        trial = smallest.clone()
+        trial[torch.cat([*blocks[:count], torch.zeros(0, dtype=torch.int64)])] = True
+        price = s[blocks[count]].mean() if count < len(blocks) else s.min()
+        must, may = objective.candidates(s, price + above)
+        return (trial | must) & may
+
     low, high = 0, len(blocks)
     while low < high:  # the most blocks that fit
         middle = (low + high + 1) // 2
-        trial = keep.clone()
-        trial[torch.cat(blocks[:middle])] = True
-        low, high = (middle, high) if spent(trial) <= limit else (low, middle - 1)
-    for block in blocks[:low]:
-        keep[block] = True
-    for block in blocks[low:]:
+        low, high = (middle, high) if spent(best(middle)) <= limit else (low, middle - 1)
+    keep, above = best(low), 1e-3
+    while spent(keep) > limit and above < 1e6:  # cheaper candidates, at a price that no unit is worth
+        keep, above = best(0, above), 1.5 * above
+    # which candidates are open is settled with the price
+    rest = [block for block in blocks if not objective.choices[objective.group_of[block[0]]]]
+    full: set[int] = set()  # groups whose next block does not fit: a smaller one behind it would be no multiple
+    for block in rest:
         if limit - spent(keep) < 5e-4 * limit:
             break
+        group = int(objective.group_of[block[0]])
+        if bool(keep[block[0]]) or group in full:
+            continue
         keep[block] = True
         if spent(keep) > limit:
             keep[block] = False
+            full.add(group)
     if limit - spent(keep) > CLOSE * limit:
-        keep = _closer(objective, s, keep, blocks, limit)
+        keep = _closer(objective, s, keep, rest, limit)
     return keep
 
 

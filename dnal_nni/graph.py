@@ -30,9 +30,10 @@ Norm: Any = (
 )
 Counted = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)  # hold no tensors, but fvcore counts them
 
-Side = Literal["out", "in", "both", "size"]
+Side = Literal["out", "in", "both", "size", "choice"]
 """Output or input channels of a convolution or linear layer; "both" for layers and tensors that channels pass
-through; "size" for a number that a module keeps about its channels, such as ``num_heads``."""
+through; "size" for a number that a module keeps about its channels, such as ``num_heads``; "choice" for the units of a
+:class:`~dnal_nni.choices.Choice`."""
 
 
 # what a forward pass of somebody else's module raises

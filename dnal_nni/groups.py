@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import adapt
+from .choices import choices_of
 from .errors import DNALError
 from .graph import FORWARD_ERRORS, Norm, Side, VertexKey, call, clone, flatten_tensors, seeded, varying_axes
 from .trace import Trace
 
-Site = Literal["norm", "input"]
+Site = Literal["norm", "input", "output"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Member:
         path: dotted path of the module; of the parameter or buffer, where ``dim`` is not None; of the attribute
             (``blocks.0.attn.num_heads``), where ``side`` is "size".
         side: "out" or "in" of a convolution or linear layer; "both" for what channels pass through; "size" for a number
-            that a module keeps about its channels.
+            that a module keeps about its channels; "choice" for candidates of a supernet, which are not channels.
         channels: int64 ``[n]``, channel indices of that layer.
         units: int64 ``[n]``, the unit of the group that each of these channels belongs to.
         width: number of channels of that side of the layer, those of other groups included.
@@ -48,6 +49,11 @@ class Member:
         """Whether this is a parameter or buffer that the forward reads itself."""
         return self.side != "size" and self.dim is not None
 
+    @property
+    def module(self) -> str:
+        """Path of the module that this is, or that has it."""
+        return self.path.rpartition(".")[0] if self.bare or self.side == "size" else self.path
+
 
 @dataclasses.dataclass
 class ChannelGroup:
@@ -61,8 +67,11 @@ class ChannelGroup:
         members: every layer concerned.
         producers: the convolution and linear layers whose output channels these are.
         norms: norms on which a gate can act (empty: none).
-        site: where the gate acts: on the affine of ``norms``, or at the input of the consumers.
+        site: where the gate acts: on the affine of ``norms``, at the input of the consumers, or, for candidates of a
+            supernet, on their output.
         frozen: why the group is left whole, or None.
+        least: units that must stay.
+        most: candidates that may stay at the end of a search; None: all.
     """
 
     name: str
@@ -73,6 +82,13 @@ class ChannelGroup:
     norms: tuple[str, ...] = ()
     site: Site = "input"
     frozen: str | None = None
+    least: int = 1
+    most: int | None = None
+
+    @property
+    def choice(self) -> bool:
+        """Whether the units are not channels, but candidates or blocks of a supernet."""
+        return self.members[0].side == "choice"
 
     @property
     def consumers(self) -> tuple[Member, ...]:
@@ -144,7 +160,26 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     for group in groups:
         if names.count(group.name) > 1:
             group.name = f"{group.name}[{_first_channel(group)}:]"
-    return groups
+    return groups + _choice_groups(traced.model)
+
+
+def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
+    """One group for all choices of a label; exact by construction, whatever the rest of the network is."""
+    members: dict[str, list[Member]] = defaultdict(list)
+    limits = {}
+    for path, choice in choices_of(model).items():
+        every = torch.arange(len(choice.units))
+        members[choice.label].append(Member(path, "choice", every, every, len(every)))
+        limits[choice.label] = choice.least, choice.most
+        if len(every) != members[choice.label][0].width:
+            raise DNALError(
+                f"{path} and {members[choice.label][0].path} have the label {choice.label!r}, but {len(every)} and "
+                f"{members[choice.label][0].width} candidates: one decision needs the same ones everywhere"
+            )
+    return [
+        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), (), (), "output", None, least, most)
+        for same, (least, most) in zip(members.values(), limits.values())
+    ]
 
 
 def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import adapt, restore
+from .choices import Choice
 from .errors import DNALError
 from .gate import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate
 from .graph import masked_statistics
@@ -61,6 +62,8 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
         if group.frozen is not None:
             continue
         for member in group.members:
+            if group.choice:
+                model.get_submodule(member.path).attach(gates[group.name])  # type: ignore[operator]
             if group.site == "norm" and member.path in group.norms:
                 norms[member.path].append((member, gates[group.name]))
             elif group.site == "input" and member.side == "in":
@@ -105,6 +108,8 @@ def _index(sources: Sequence[tuple[Member, ScaledSigmoidGate]]) -> tuple[list[Sc
 def detach(model: nn.Module) -> None:
     """Take every gate off. What the gates did is not folded in: the model computes its ungated function again."""
     for module in list(model.modules()):
+        if isinstance(module, Choice):
+            module.detach()
         if parametrize.is_parametrized(module) and _norm_is_gated(module):
             # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
             parametrizations = module._modules.pop("parametrizations")

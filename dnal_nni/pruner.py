@@ -427,16 +427,20 @@ class DNALPruner(Pruner):
             with self._without_wrappers():
                 chosen = self._learned()
         else:
+            least = {group.name: group.least for group in self._active}
             for name, mask in keep.items():
                 if name not in self.gates:
                     raise DNALError(f"harden(keep): there is no gate {name!r}; the names are the keys of pruner.gates")
                 size = self.gates[name].s.numel()
                 if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
                     raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}]")
-                if not bool(mask.any()):
+                if not bool(mask.any()) and least[name]:
                     raise DNALError(f"harden(keep): {name} would lose every channel; keep at least one")
             whole = {name: torch.ones(gate.s.numel(), dtype=torch.bool) for name, gate in self.gates.items()}
             chosen = {**whole, **{name: mask.detach().cpu().clone() for name, mask in keep.items()}}
+        for group in self._active:
+            if group.choice and not group.least:  # blocks: behind one that closes nothing runs
+                chosen[group.name] = chosen[group.name].cumprod(0).bool()
         for name, gate in self.gates.items():
             gate.harden(chosen[name])
         self._keep, self._report = chosen, None
@@ -527,8 +531,11 @@ class DNALPruner(Pruner):
     def _make_report(self, slim: nn.Module, max_abs_diff: float, relative_diff: float) -> Report:
         assert self._keep is not None
         groups = []
+        left = {path for path, _ in slim.named_modules()}
         for g in self._groups:
             kept = int(self._keep[g.name].sum()) if g.name in self._keep else g.channels
+            if not any(member.module in left for member in g.members):
+                kept = 0  # in a candidate that is gone
             groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
         searched = self._search is not None and self._search.done > 0
         before, after = self._cost.dense, self._measured(slim)

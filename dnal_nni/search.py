@@ -26,6 +26,8 @@ BINS = 20  # of the gates' histogram in the history
 # From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
 # open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
 SETTLED = 0.75
+# From this share on, no more candidates of a choice are open than may stay, where that is limited.
+NARROWED = 0.5
 
 
 def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
@@ -51,7 +53,7 @@ def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
             part = torch.zeros(group.channels, dtype=torch.float64)
             part.index_add_(0, member.units, squares[member.channels])
             total += part / part.mean().clamp(min=1e-30)
-        root = total.sqrt()
+        root = total.sqrt() if bool(total.any()) else torch.ones_like(total)  # candidates start alike
         scores.append(root / root.mean().clamp(min=1e-30))
     return torch.cat(scores)
 
@@ -85,11 +87,15 @@ class Scores:
         self.ranks = torch.stack(limits).to(start.device)
         self.value = start.clone()
         self.momentum = torch.zeros_like(start)
-        self.scale = start.new_zeros(())
+        self.scale = start.new_zeros(2)  # mean squares: of channels, of candidates
+        chosen = torch.tensor(objective.choices, device=start.device)[objective.group_of]
+        self.choices = chosen.nonzero().flatten()  # units that are candidates of a supernet
+        self.cheap = 0.1 * objective.whole[self.choices].mean()
         self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
         self.moving = max(1, round(SETTLED * steps))
         self.pace = torch.tensor([reach / self.moving if t < self.moving else 0.0 for t in range(steps)]).to(start)
         self.settled = torch.arange(steps, device=start.device) >= self.moving
+        self.narrowed = torch.arange(steps, device=start.device) >= NARROWED * steps
         self.structure = torch.ones_like(start)  # 1 open, -1 closed; set by settle
         descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
         self.aims = objective.targets + (0.98 - objective.targets) * descent
@@ -102,9 +108,13 @@ class Scores:
             (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
         # loss saved per unit of cost; that a unit costs (next to) nothing must not drown all others
         worth = -grad.to(self.value.dtype) / torch.maximum(marginal, 1e-3 * marginal.mean())
-        mean_square = worth.square().mean()
-        self.scale.copy_(torch.where(self.scale == 0, mean_square, 0.9 * self.scale + 0.1 * mean_square))
-        worth = (worth / self.scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
+        if len(self.choices):
+            # candidates among themselves: next to single channels they are few and steady, and some cost nothing
+            own = -grad.to(self.value.dtype) / marginal.clamp(min=self.cheap)
+            own = _normalised(own.index_select(0, self.choices), self.scale[1])
+            worth = _normalised(worth.index_fill(0, self.choices, 0.0), self.scale[0]).index_copy(0, self.choices, own)
+        else:
+            worth = _normalised(worth, self.scale[0])
         self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
         self.value.add_(self.momentum * _entry(self.pace, step))
 
@@ -113,6 +123,10 @@ class Scores:
         """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
         delta, settled, aims = (_entry(table, step) for table in (self.delta, self.settled, self.aims))
         held, allowed = best_of_group(self.value, self.objective.group_of, self.ranks)
+        if len(self.choices):
+            free = price(self.objective, self.value, delta, held, allowed, aims)
+            must, may = self.objective.candidates(self.value, free[self.objective.owner])
+            held, allowed = held | must, allowed & (may | ~_entry(self.narrowed, step))
         s = self.value - price(self.objective, self.value, delta, held, allowed, aims)[self.objective.owner]
         s = torch.where(held, torch.maximum(s, 6.0 / delta), s)  # held open: far enough on the open side
         s = torch.where(allowed, s, torch.minimum(s, -6.0 / delta))
@@ -123,6 +137,13 @@ class Scores:
         objective = copy.deepcopy(self.objective)  # a CUDA graph holds the tables of this one
         keep = exact_cut(objective, self.value, self.floor)
         self.structure.copy_(keep.double() * 2 - 1)
+
+
+def _normalised(worth: Tensor, scale: Tensor) -> Tensor:
+    """``worth`` by its running root mean square, whose square ``scale`` keeps."""
+    mean_square = worth.square().mean()
+    scale.copy_(torch.where(scale == 0, mean_square, 0.9 * scale + 0.1 * mean_square))
+    return (worth / scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
 
 
 def _entry(table: Tensor, step: int | Tensor) -> Tensor:

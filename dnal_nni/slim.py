@@ -20,7 +20,8 @@ Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
 CHANGES = "_dnal_changes"
 """Attribute of a cut network: what a cut did beside the shapes of its state dict.
 
-``{"baked": [path], "stored": {path: number(s)}, "unsaved": [path of a buffer that is not persistent]}``.
+``{"choices": {path: [0 or 1 per unit]}, "baked": [path], "stored": {path: number(s)},
+"unsaved": [path of a buffer that is not persistent]}``.
 """
 
 
@@ -38,6 +39,8 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
     detach(slim)
     adapt(slim)
     masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)
+    chosen: dict[str, list[int]] = {}
+    homes: dict[str, str] = {}
     for group in groups:
         if group.frozen is not None or group.name not in keep:
             continue
@@ -45,10 +48,18 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         if not dropped.any():
             continue
         for member in group.members:
+            if group.choice:
+                chosen[member.path] = keep[group.name].int().tolist()
+                continue
+            homes[member.path] = member.module
             mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
-    changes: dict[str, Any] = {"baked": [], "stored": {}, "unsaved": []}
+    drop(slim, chosen)
+    left = {path for path, _ in slim.named_modules()}
+    changes: dict[str, Any] = {"choices": chosen, "baked": [], "stored": {}, "unsaved": []}
     for path, sides in masks.items():
+        if homes[path] not in left:
+            continue  # in a candidate that is gone
         if any(side == "size" for side, _ in sides):
             changes["stored"][path] = _resize(slim, path, sides)
         elif any(dim is not None for _, dim in sides):
@@ -68,6 +79,18 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             cut_module(layer, {side: mask for (side, _), mask in sides.items()})
     setattr(slim, CHANGES, changes)
     return slim
+
+
+def drop(model: nn.Module, chosen: Mapping[str, Sequence[int]]) -> None:
+    """Remove closed candidates from the module tree, in place; ``chosen``: 0 or 1 per unit, by path of the choice."""
+    for path in sorted(chosen, key=len):  # what lies inside of a closed candidate is gone with it
+        owner = model
+        for name in filter(None, path.split(".")):
+            owner = owner._modules.get(name)  # type: ignore[assignment]
+            if owner is None:
+                break
+        else:
+            owner.drop(torch.tensor(chosen[path], dtype=torch.bool))  # type: ignore[operator]
 
 
 def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> Any:

@@ -145,8 +145,11 @@ def _outputs(
     for child in model.modules():
         if isinstance(child, _Dropout):
             child.eval()
+    modules = dict(model.named_modules())
     handles = [
-        model.get_submodule(path).register_forward_hook(lambda module, args, out: watched.append(out)) for path in watch
+        modules[path].register_forward_hook(lambda module, args, out: watched.append(out))
+        for path in watch
+        if path in modules  # not in a candidate that is gone; in the gated network that one does not run
     ]
     try:
         with seeded(model), torch.no_grad():

@@ -234,6 +234,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "an alias of nothing": (swap(aliases={"fc.bias": "nothing"}), "no nothing for fc.bias"),
     "an alias in place of a tensor": (swap(aliases={"fc.bias": "conv1.weight"}), "to be the same as"),
     "aliases in words": (swap(aliases="fc"), "'aliases' in its header"),
+    "a choice in words": (
+        swap(changes={"choices": {"fc": "no"}, "baked": [], "stored": {}}), "'choices' in its header"
+    ),
+    "a choice of a layer": (
+        swap(changes={"choices": {"fc": [1, 0]}, "baked": [], "stored": {}}), "fc is no choice among 2"
+    ),
     "a layer to bake": (swap(changes={"baked": ["nope"], "stored": {}}), "does not fit the model: .*nope"),
     "a plain layer to bake": (swap(changes={"baked": ["conv1"], "stored": {}}), "conv1 has no computed weight"),
     "baked numbers": (swap(changes={"baked": [1], "stored": {}}), "'baked' in its header"),

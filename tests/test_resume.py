@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(small: nn.Module, x: Tensor, 
     refused(pruner_of(wide, x), checkpoint, sgd(wide), r"fc.weight is \[10, 16\], the model's is \[12, 16\]")
     bigger = copy.deepcopy(small)
     refused(
-        pruner_of(bigger, x, budget=Budget(flops=0.3)), checkpoint, sgd(bigger), r"budget=\['flops', 0.5\], here it is"
+        pruner_of(bigger, x, budget=Budget(flops=0.3)), checkpoint, sgd(bigger), r"budget=\{'flops': 0.5\}, here it is"
     )
     paper = copy.deepcopy(small)
     refused(pruner_of(paper, x, preset="paper"), checkpoint, sgd(paper), "preset='default', here it is 'paper'")
