@@ -80,7 +80,7 @@ def edited(path: Path, part: str, change: Callable[[Any], Any]) -> Path:
 
 # -- what comes back --------------------------------------------------------------------------------------------------
 
-FAST = ["resnet18", "mobilenet_v3_small", "timm_regnety_002", "swin_t", "timm_nf_regnet_b0"]
+FAST = ["mobilenet_v3_small", "timm_regnety_002", "timm_nf_regnet_b0"]
 
 
 def round_trip(name: str, path: Path, seconds: float = 20) -> None:
@@ -99,7 +99,7 @@ def round_trip(name: str, path: Path, seconds: float = 20) -> None:
             with torch.no_grad():
                 outputs.append(list(flatten_tensors(call(network.train(mode), x))))
         assert all(torch.equal(a, b) for a, b in zip(*outputs)) and len(outputs[0]) == len(outputs[1])
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (entry.build(), loaded))
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, loaded))
     assert after < before
 
 
@@ -112,7 +112,7 @@ CLASSIFIERS = [name for name, entry in MODELS.items() if entry.task == "classifi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSIFIERS[::4])
+@pytest.mark.parametrize("name", dict.fromkeys(["resnet18", "swin_t", *CLASSIFIERS[::4]]))
 def test_bit_equal_on_a_quarter_of_the_zoo(name: str, tmp_path: Path) -> None:
     round_trip(name, tmp_path / "slim.safetensors", 240)
 

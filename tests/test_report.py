@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import torch.nn.functional as F
-from conftest import CONV
+from conftest import CONV, Small
 from PIL import Image
-from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALPruner
 from dnal_nni.report import GroupReport, Report
@@ -20,13 +20,14 @@ from dnal_nni.report import GroupReport, Report
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
-@pytest.fixture
-def report(small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Report:
-    pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
+@pytest.fixture(scope="module")
+def report() -> Report:
+    torch.manual_seed(0)
+    model, images, labels = Small(), torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    pruner = DNALPruner(model, CONV, dummy_input=images, budget=Budget(flops=0.5))
     with pruner.search(250, progress=False) as search:
-        for step in range(250):
-            images, labels = batches[step % len(batches)]
-            search.step(F.cross_entropy(small(images), labels))
+        for _ in range(250):
+            search.step(F.cross_entropy(model(images), labels))
     pruner.speedup()
     report = pruner.report
     report.accuracy, report.latency_ms = (90.0, 89.5), (2.0, 1.0)
