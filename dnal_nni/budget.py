@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,7 +35,7 @@ class Budget:
         if not self.limits:
             raise DNALError("Budget needs flops=, params= or latency=, for example Budget(flops=0.5)")
         for kind, value in self.limits.items():
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
             if not ok:
                 raise DNALError(
                     f"Budget({kind}={value!r}): must be a number > 0; up to 1 it is the fraction to keep, above 1 an "

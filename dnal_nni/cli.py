@@ -1,29 +1,26 @@
-"""The ``dnal`` command. ``dnal inspect`` shows what of a network can be cut, and for the rest why not."""
+"""The ``dnal`` command: ``inspect``, ``compress``, ``report`` and ``compare``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import json
 import os
+import shlex
 import sys
-import time
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DNALError
 
 if TYPE_CHECKING:  # torch takes a second to import, `dnal --help` should not
-    from torch import nn
+    from .report import Report
 
-_UNSEEN = "no run of the model on this input shows its channels"
-_EXAMPLE = """\
+_INSPECT = """\
 TARGET is a function without arguments that returns the network, or the network itself, in a module that Python can
 import from here. An example:
 
@@ -43,240 +40,40 @@ With arguments, weights, several inputs, or for a program to read:
   $ dnal inspect torchvision.models:resnet18 --kwargs '{"num_classes": 10}' --input 1,3,32,32
   $ dnal inspect mynets:unet --weights unet.safetensors --input 1,3,64,64 --input 1,10 --json
 """
+_COMPRESS = """\
+Your trained classifier, at half of its FLOPs, from a folder of images (train/CLASS/*.png and val/CLASS/*.png, or only
+CLASS/*.png, of which every tenth is then held out to test on):
 
+  $ dnal compress mynets:resnet --weights resnet.pt --data photos --input 1,3,64,64 --flops 0.5 --out runs/half
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+or with your own loading, mydata.py:
 
+  def loaders():
+      return train_loader, test_loader  # batches (inputs, labels); the second may be None
 
-@dataclasses.dataclass(frozen=True)
-class GroupRow:
-    """One channel group.
+  $ dnal compress mynets:resnet --weights resnet.pt --data mydata:loaders --flops 0.5 --out runs/half
 
-    Attributes:
-        channels: number of units, the length of its gate.
-        flops: dense FLOPs of every layer that it touches, as a fraction of the model's (see :func:`inspect`).
-        site: where its gate acts: on the affine of the norms, or at the input of the consumers.
-        producers: layers whose output channels these are.
-        consumers: layers that read them.
-        members: everything that is cut with the group, those two included.
-        frozen: why it is left whole, or None.
-    """
+It tests the network, searches its widths while the weights go on learning, cuts it, re-estimates its norms,
+fine-tunes it, and leaves in runs/half:
 
-    name: str
-    channels: int
-    flops: float
-    site: str
-    producers: list[str]
-    consumers: list[str]
-    members: list[str]
-    frozen: str | None
+  slim.safetensors  the smaller network: dnal_nni.load_compressed(mynets.resnet(), "runs/half/slim.safetensors")
+  report.html       what was done, to look at; report.json, for programs
 
+After every epoch there is a checkpoint. Interrupted or killed, the same command goes on from there and ends as it would
+have. Every option may stand in a file instead (JSON, or TOML from Python 3.11 on), and on the command line to overrule
+it:
 
-@dataclasses.dataclass(frozen=True)
-class WholeLayer:
-    """A layer of which output channels must stay, and why.
-
-    Attributes:
-        channels: how many stay.
-        width: how many it has.
-    """
-
-    name: str
-    channels: int
-    width: int
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspection:
-    """What of a network can be cut. ``touched``: fraction of the FLOPs in layers that a group to be cut touches."""
-
-    target: str
-    flops: int
-    params: int
-    groups: list[GroupRow]
-    whole: list[WholeLayer]
-    touched: float
-    seconds: float
-
-    def __str__(self) -> str:
-        cut = [group for group in self.groups if group.frozen is None]
-        width = max(map(len, ["left whole", *(g.name for g in cut), *(layer.name for layer in self.whole)])) + 2
-        lines = []
-        if cut:
-            lines.append(f"{'group':{width}}{'channels':>10}{'FLOPs':>8}  {'gate':7}layers")
-            for group in cut:
-                layers = f"{_some(group.producers)} -> {_some(group.consumers)}"
-                lines.append(
-                    f"{group.name:{width}}{group.channels:>10}{group.flops:>8.1%}  {group.site:7}{layers}".rstrip()
-                )
-            lines.append("")
-        if self.whole:
-            lines.append(f"{'left whole':{width}}{'channels':>10}  why")
-            for layer in self.whole:
-                part = f" (of {layer.width})" if layer.channels < layer.width else ""
-                lines.append(f"{layer.name:{width}}{layer.channels:>10}{part}  {layer.why}")
-            lines.append("")
-        lines.append(
-            f"{len(cut)} of {len(self.groups)} groups can be cut; {self.touched:.1%} of the FLOPs are in layers "
-            f"touched by one; {self.seconds:.1f} s"
-        )
-        return "\n".join(lines)
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" (+{len(names) - most})" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds: float = 60.0) -> Inspection:
-    """Find the channel groups of ``model``, verify them, and count what share of its FLOPs they touch.
-
-    The share of a group is the dense FLOPs (fvcore's, for the dummy input) of the layers that its channels leave or
-    enter, every convolution and linear layer counted whole, divided by the model's. A layer lies between two groups and
-    counts for both, so that the shares add up to more than 1; ``touched`` counts every layer once.
-
-    Args:
-        model: any module; it is not changed.
-        dummy_input: a tensor, or a tuple of them.
-        target: what to call the model.
-        verify_seconds: time limit of the verification; groups not compared by then are left whole.
-
-    Raises:
-        DNALError: where the model does not run on the input, or cannot be traced or counted.
-    """
-    import torch
-    from torch import nn
-
-    from .cost import flops_by_module
-    from .graph import FORWARD_ERRORS, Conv, call, clone
-    from .groups import find_groups
-    from .verify import verify_and_freeze
-
-    target = target or type(model).__name__
-    start = time.perf_counter()
-    shapes = " and ".join(str(tuple(x.shape)) for x in _as_tuple(dummy_input))
-    with _told(f"{target} rejects an input of shape {shapes}", FORWARD_ERRORS), torch.no_grad():
-        call(clone(model).eval(), dummy_input)
-    with _told(f"the channels of {target} cannot be traced", FORWARD_ERRORS):
-        groups = find_groups(model, dummy_input)
-        verify_and_freeze(model, groups, dummy_input, verify_seconds)
-    with _told(f"the FLOPs of {target} cannot be counted", FORWARD_ERRORS):
-        flops = flops_by_module(model, dummy_input)
-
-    def share(paths: set[str]) -> float:
-        return sum(flops.get(path, 0) for path in paths) / max(flops[""], 1)
-
-    rows = []
-    touched: set[str] = set()
-    seen: set[str] = set()
-    stays: dict[str, Counter[str]] = defaultdict(Counter)  # layer -> reason -> output channels
-    for group in groups:
-        ends = {m.path for m in group.members if m.side in ("in", "out")}
-        rows.append(
-            GroupRow(
-                name=group.name,
-                channels=group.channels,
-                flops=share(ends),
-                site=group.site,
-                producers=list(group.producers),
-                consumers=list(dict.fromkeys(m.path for m in group.consumers)),
-                members=list(dict.fromkeys(m.path for m in group.members)),
-                frozen=group.frozen,
-            )
-        )
-        if group.frozen is None:
-            touched |= ends
-        for member in group.members:
-            if member.side == "out":
-                seen.add(member.path)
-                if group.frozen is not None:
-                    stays[member.path][group.frozen] += len(member.channels)
-    whole = []
-    for path, module in model.named_modules():
-        if isinstance(module, (Conv, nn.Linear)):
-            width = int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
-            reasons = stays[path] if path in seen else {_UNSEEN: width}
-            whole += [WholeLayer(path, channels, width, why) for why, channels in reasons.items()]
-    params = sum(p.numel() for p in model.parameters())
-    return Inspection(target, flops[""], params, rows, whole, share(touched), time.perf_counter() - start)
-
-
-def _as_tuple(dummy_input: Any) -> tuple[Any, ...]:
-    return tuple(dummy_input) if isinstance(dummy_input, (list, tuple)) else (dummy_input,)
-
-
-@contextlib.contextmanager
-def _told(what: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
-    """What somebody else's code raises, as one sentence; importing and building run code that may raise anything."""
-    try:
-        yield
-    except DNALError:
-        raise
-    except errors as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DNALError(f"{what}: {lines[0]}") from error
-
-
-# -- the arguments ----------------------------------------------------------------------------------------------------
-
-
-def load_target(target: str, kwargs: dict[str, Any] | None = None) -> nn.Module:
-    """The network that ``package.module:callable`` returns, or is."""
-    from torch import nn
-
-    name, colon, attribute = target.partition(":")
-    if not (name and colon and attribute):
-        raise DNALError(f"{target!r} does not name a network: write package.module:function")
-    with _told(f"{name} cannot be imported"):
-        found: Any = importlib.import_module(name)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise DNALError(f"{name} has no {attribute}{_guess(part, dir(found))}")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        if kwargs:
-            raise DNALError(f"{target} is a network already: leave --kwargs out")
-        return found
-    if not callable(found):
-        raise DNALError(f"{target} is a {type(found).__name__}, not a function that returns a network")
-    call = f"{target}({', '.join(f'{key}={value!r}' for key, value in (kwargs or {}).items())})"
-    with _told(f"{call} fails"):
-        model = found(**(kwargs or {}))
-    if not isinstance(model, nn.Module):
-        raise DNALError(f"{call} returns a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _guess(wrong: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wrong, names, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """The model with the state dict in a safetensors file, or as ``save_compressed`` wrote it."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    from .checkpoint import FORMAT, load_compressed
-
-    if not path.is_file():
-        raise DNALError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            compressed = (file.metadata() or {}).get("format") == FORMAT
-        if compressed:
-            return load_compressed(model, path)
-        missing, unexpected = model.load_state_dict(load_file(path), strict=False)
-    except (OSError, SafetensorError) as error:
-        raise DNALError(f"{path} cannot be read: {error}") from error
-    except RuntimeError as error:  # of load_state_dict: a line for every tensor of another shape
-        raise DNALError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
-    if missing or unexpected:
-        what = f"it has no {missing[0]}" if missing else f"the model has no {unexpected[0]}"
-        raise DNALError(f"{path} does not fit the model: {what}")
-    return model
+  $ dnal compress --config half.json --flops 0.4 --out runs/less
+"""
+_REPORT = """\
+  $ dnal report runs/half                              the table
+  $ dnal report runs/half/slim.safetensors             the same, kept beside the network
+  $ dnal report runs/half --json                       everything, for programs
+  $ dnal report runs/half --html half.html             a page to look at
+"""
+_COMPARE = """\
+  $ dnal compare runs/half runs/third
+"""
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -287,6 +84,13 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape: give whole numbers, for example 1,3,224,224")
     return shape
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, for example 0.5,0.5,0.5") from None
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -307,55 +111,202 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dnal", description="Make a trained CNN smaller by learning its widths.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser(
+
+    def add(name: str, text: str, description: str, epilog: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=raw)
+        command.add_argument("--json", action="store_true", help="print JSON instead of the table")
+        return command
+
+    inspect = add(
         "inspect",
-        help="what of a network can be cut, and for the rest why not",
-        description="Show which channels of a network can be removed together, and for every layer left whole, why.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "what of a network can be cut, and for the rest why not",
+        "Show which channels of a network can be removed together, and for every layer left whole, why.",
+        _INSPECT,
     )
-    command.add_argument("target", metavar="TARGET", help="the network, as package.module:function")
-    command.add_argument(
-        "--input",
-        required=True,
-        action="append",
-        type=_shape,
-        metavar="SHAPE",
-        help="shape of the input, as 1,3,224,224; once for every positional argument",
-    )
-    command.add_argument("--kwargs", type=_json_object, metavar="JSON", help="keyword arguments of TARGET")
-    command.add_argument("--weights", type=Path, metavar="FILE", help="a safetensors file to load first")
-    command.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    command.add_argument(
+    inspect.add_argument("target", metavar="TARGET", help="the network, as package.module:function")
+    shape = "shape of the input, as 1,3,224,224"
+    once = f"{shape}; once for every positional argument"
+    inspect.add_argument("--input", required=True, action="append", type=_shape, metavar="SHAPE", help=once)
+    inspect.add_argument("--kwargs", type=_json_object, metavar="JSON", help="keyword arguments of TARGET")
+    inspect.add_argument("--weights", type=Path, metavar="FILE", help="a file of weights to load first")
+    inspect.add_argument(
         "--verify-seconds",
         type=float,
         default=60.0,
         metavar="S",
         help="time limit for comparing sliced with gated copies; groups not compared by then are left whole (60)",
     )
+
+    compress = add(
+        "compress",
+        "search, cut and fine-tune a classifier",
+        "Make a trained classifier smaller: learn its widths, cut it, fine-tune it.",
+        _COMPRESS,
+    )
+    # no defaults here: what is not given is left to the config file, and then to compress.Settings
+    option = lambda *names, **kw: compress.add_argument(*names, default=argparse.SUPPRESS, **kw)  # noqa: E731
+    option("model", nargs="?", metavar="TARGET", help="the network, as package.module:function")
+    option("--config", type=Path, metavar="FILE", help="a file of these options: JSON, or TOML from Python 3.11 on")
+    option("--data", metavar="DATA", help="a folder of images by class, or package.module:function for loaders")
+    option("--out", type=Path, metavar="DIR", help="folder for the results; made if need be")
+    option("--flops", type=float, metavar="F", help="FLOPs to keep: up to 1 a fraction, above 1 a number")
+    option("--params", type=float, metavar="F", help="parameters to keep, likewise; of several limits, all hold")
+    option("--latency", type=float, metavar="MS", help="milliseconds of one input to keep, likewise")
+    option("--weights", type=Path, metavar="FILE", help="trained weights: safetensors, or a state dict of torch.save")
+    option("--kwargs", type=_json_object, metavar="JSON", help="keyword arguments of TARGET")
+    option("--input", type=_shape, metavar="SHAPE", help=f"{shape}: size of a folder's images (1,3,224,224)")
+    option("--search-epochs", type=int, metavar="N", help="epochs of the search, in which the weights learn too (3)")
+    option("--epochs", type=int, metavar="N", help="epochs of fine-tuning (10)")
+    option("--lr", type=float, help="learning rate of the weights in the search (0.01)")
+    option("--finetune-lr", type=float, metavar="LR", help="highest learning rate of fine-tuning (0.01)")
+    option("--batch-size", type=int, metavar="N", help="of a folder's images (64)")
+    option("--workers", type=int, metavar="N", help="processes that load a folder's images (0)")
+    option("--mean", type=_numbers, metavar="A,B,C", help="of a folder's images, as in their training (ImageNet's)")
+    option("--std", type=_numbers, metavar="A,B,C", help="likewise")
+    option("--seed", type=int, metavar="N", help="of all random numbers (0)")
+    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    option("--tensorboard", action="store_true", help="write the search's curves for TensorBoard to OUT/tensorboard")
+
+    report = add("report", "show what a compression did", "Show the report of a run.", _REPORT)
+    report.add_argument("path", type=Path, metavar="RUN", help="a folder of dnal compress, a report.json or a network")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+
+    compare = add("compare", "two runs side by side", "Show two runs side by side.", _COMPARE)
+    for name in ("a", "b"):
+        compare.add_argument(name, type=Path, metavar=name.upper(), help="as for dnal report")
     return parser
 
 
+# -- the commands: each returns what is printed -----------------------------------------------------------------------
+
+
+def _inspect(arguments: argparse.Namespace) -> str:
+    import torch
+
+    from .inspection import inspect
+    from .targets import load_target, load_weights
+
+    model = load_target(arguments.target, arguments.kwargs)
+    if arguments.weights is not None:
+        model = load_weights(model, arguments.weights)
+    inputs = tuple(torch.randn(shape) for shape in arguments.input)
+    result = inspect(model, inputs, arguments.target, arguments.verify_seconds)
+    return json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else str(result)
+
+
+def _compress(arguments: argparse.Namespace) -> str:
+    from .compress import NETWORK, PAGE, REPORT, Settings, compress
+
+    given = vars(arguments)
+    options = _config(given["config"]) if "config" in given else {}
+    options |= {name: value for name, value in given.items() if name not in ("command", "config", "json")}
+    tensorboard = bool(options.pop("tensorboard", False))
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for name in options:
+        if name not in known:
+            raise DNALError(f"there is no option {name!r}; see dnal compress --help")
+    for name, what in (("model", "TARGET"), ("data", "--data"), ("out", "--out")):
+        if name not in options:
+            raise DNALError(f"{what} is missing; see dnal compress --help")
+    limits = ("flops", "params", "latency")
+    if any(name in given for name in limits):  # instead of all limits in the file
+        options |= {name: given.get(name) for name in limits}
+    settings = Settings(**options)
+    report = compress(settings, shlex.join(["dnal", *sys.argv[1:]]))
+    if tensorboard:
+        report.to_tensorboard(settings.out / "tensorboard")
+    if arguments.json:
+        return report.to_json()
+    return f"{report}\n\nwritten: {', '.join(str(settings.out / name) for name in (NETWORK, REPORT, PAGE))}"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The options in a file, in the types that the command line gives them."""
+    try:
+        text = path.read_text()
+        if path.suffix == ".toml":
+            if sys.version_info < (3, 11):
+                raise DNALError(f"{path}: TOML needs Python 3.11; write the same as JSON")
+            options = importlib.import_module("tomllib").loads(text)
+        else:
+            options = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DNALError(f"{path} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise DNALError(f"{path} holds no options: write for example {{\"flops\": 0.5}}")
+    options = {name.replace("-", "_"): value for name, value in options.items()}
+    for name in ("out", "weights"):
+        if name in options:
+            options[name] = Path(str(options[name]))
+    for name in ("input", "mean", "std"):
+        if name in options:
+            if not isinstance(options[name], list) or not all(isinstance(x, (int, float)) for x in options[name]):
+                raise DNALError(f"{path}: {name} is {options[name]!r}: give a list of numbers")
+            options[name] = tuple(options[name])
+    return options
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from .compress import read_report
+    from .files import write_whole
+
+    report = read_report(arguments.path)
+    if arguments.html is not None:
+        write_whole(arguments.html, lambda path: path.write_text(report.to_html()))
+        return f"written: {arguments.html}"
+    return report.to_json() if arguments.json else str(report)
+
+
+def _compare(arguments: argparse.Namespace) -> str:
+    from .compress import read_report
+
+    paths = [arguments.a, arguments.b]
+    reports = [read_report(path) for path in paths]
+    if arguments.json:
+        return json.dumps({str(path): report.to_dict() for path, report in zip(paths, reports)}, indent=2)
+    return compared([str(path) for path in paths], reports)
+
+
+def compared(names: Sequence[str], reports: Sequence[Report]) -> str:
+    """A table: what two reports say after the cut, and the width of every channel group in both."""
+    rows: list[tuple[str, ...]] = [("", *names)]
+    cells = [{row[0]: row[2] for row in report.rows()} for report in reports]
+    rows += [(what, *(cell.get(what, "-") for cell in cells)) for what in dict.fromkeys([*cells[0], *cells[1]])]
+    kept = [{group.name: f"{group.kept} of {group.units}" for group in report.groups} for report in reports]
+    rows += [(), ("channel group", *names)]
+    rows += [(name, *(widths.get(name, "-") for widths in kept)) for name in dict.fromkeys([*kept[0], *kept[1]])]
+    columns = [max(len(row[i]) for row in rows if row) for i in range(len(names) + 1)]
+    return "\n".join(
+        "  ".join(cell.ljust(columns[0]) if i == 0 else cell.rjust(columns[i]) for i, cell in enumerate(row))
+        for row in rows
+    )
+
+
+_COMMANDS = {"inspect": _inspect, "compress": _compress, "report": _report, "compare": _compare}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when all is well, 2 and one sentence on stderr when the caller can mend it."""
+    """Run the command.
+
+    Returns:
+        0 when all is well; 2, with one sentence on stderr, when the caller can mend it; 130 when interrupted.
+    """
     try:
         arguments = _parser().parse_args(argv)
         # what a model prints must not get into the JSON, and what libraries warn of is no news here
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
-            import torch
-
             sys.path.insert(0, os.getcwd())
-            model = load_target(arguments.target, arguments.kwargs)
-            if arguments.weights is not None:
-                model = load_weights(model, arguments.weights)
-            inputs = tuple(torch.randn(shape) for shape in arguments.input)
-            result = inspect(model, inputs, arguments.target, arguments.verify_seconds)
+            result = _COMMANDS[arguments.command](arguments)
     except DNALError as error:
         print(f"dnal: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else result)
+    except KeyboardInterrupt:
+        print("dnal: interrupted; dnal compress goes on from its last epoch with the same command", file=sys.stderr)
+        return 130
+    print(result)
     return 0
 
 

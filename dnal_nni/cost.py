@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from .choices import choices_of
@@ -19,6 +18,10 @@ from .graph import Conv, VertexKey, clone, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
 from .latency import LayerLatency, layer_latencies
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it scripts at import, which torch warns of: an error under python -W error
+    from fvcore.nn import FlopCountAnalysis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,6 +184,8 @@ def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
 
 def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     """:func:`find_groups` for a user's model and input: a :class:`DNALError` says what is wrong with them."""
+    if any(x.numel() == 0 for x in flatten_tensors(dummy_input)):
+        raise DNALError("the dummy_input has no elements: give it a batch of at least one")
     try:
         with torch.no_grad():
             returned = [out for out in flatten_tensors(call(clone(model).eval(), dummy_input)) if out.numel()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from . import selection
 from .budget import Budget, Limits, Objective
+from .carry import carry_optimizer
 from .cost import Complexity, CostModel, measure
 from .cut import exact_cut
 from .errors import DNALError
@@ -27,7 +29,8 @@ from .groups import ChannelGroup, groups_of
 from .inject import attach, check_model, detach, is_gated
 from .latency import latencies
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
-from .report import GroupReport, Report
+from .report import GroupReport, Report, versions
+from .resume import load_state, save_state
 from .search import PAPER_THRESHOLD, Search, importance
 from .slim import slim_copy
 from .steps import steps_per_epoch
@@ -81,6 +84,8 @@ class DNALPruner(Pruner):
     ) -> None:
         if preset not in ("default", "paper"):
             raise DNALError(f"preset={preset!r}: choose 'default' or 'paper'")
+        if not isinstance(lambda_, (int, float)) or not 0 <= lambda_ < float("inf"):
+            raise DNALError(f"lambda_={lambda_!r}: must be a number >= 0")
         if arch_lr is not None and not 0 <= arch_lr < float("inf"):
             raise DNALError(f"arch_lr={arch_lr!r}: must be a number >= 0, or None for the preset's own")
         if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
@@ -506,6 +511,25 @@ class DNALPruner(Pruner):
         self._report = self._make_report(slim, max_abs_diff, relative_diff)
         return slim
 
+    def carry_optimizer(self, optimizer: torch.optim.Optimizer, slim: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of ``model`` as one of the cut network: its momentum is cut with the weights.
+
+        Class, parameter groups and hyperparameters stay; ``optimizer`` itself is not changed. A parameter that the cut
+        replaced by another (computed weights, such as ``weight_norm``) starts without state. Learning-rate schedules
+        hold the old optimizer: make a new one.
+
+        Args:
+            optimizer: of the model's parameters, such as the one that the search was given.
+            slim: what the last :meth:`speedup` returned.
+
+        Raises:
+            DNALError: the state is not in the shape of the parameters (LBFGS, Adafactor), or not of this model.
+        """
+        if self._keep is None:
+            raise DNALError("carry_optimizer: nothing has been cut yet: call speedup() first")
+        with self._without_wrappers() as model:
+            return carry_optimizer(optimizer, model, self._groups, self._keep, slim)
+
     def _make_report(self, slim: nn.Module, max_abs_diff: float, relative_diff: float) -> Report:
         assert self._keep is not None
         groups = []
@@ -528,6 +552,7 @@ class DNALPruner(Pruner):
             seconds=dict(self._seconds),
             history=list(self._search.history) if self._search is not None else [],
             latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
+            versions=versions(),
         )
 
     @property
@@ -557,10 +582,40 @@ class DNALPruner(Pruner):
             "search": self._search.state_dict() if self._search is not None else None,
             "keep": self._keep,
             "latency": self._cost.latency_state() if self._cost.dense.latency is not None else None,
+            "settings": self._settings_of_search(),
         }
+
+    def _settings_of_search(self) -> dict[str, Any]:
+        """What must be the same where a search goes on."""
+        names = ("preset", "lambda_", "arch_lr", "channel_multiple")
+        budget = None if self.budget is None else self.budget.limits
+        return {"budget": budget} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a search where :meth:`state_dict` left it: the next ``search(steps)`` goes on from there."""
+        self._check_state(state)
+        if state.get("latency") is not None:
+            self._cost.load_latency_state(state["latency"])
+            self._objective = self._make_objective(self._limits)
+        with torch.no_grad():
+            for name, values in state["gates"].items():
+                gate = self.gates[name]
+                gate.s.copy_(values["s"])
+                gate.delta.copy_(values["delta"])
+                gate.mask.copy_(values["mask"])
+                gate.state = GateState(values["state"])
+        self._resume, self._keep = state["search"], state["keep"]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping) or not {"gates", "search", "keep"} <= state.keys():
+            raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
+        mine, theirs = self._settings_of_search(), state.get("settings", {})
+        for name, value in theirs.items():
+            if value != mine.get(name):
+                raise DNALError(
+                    f"load_state_dict: the search ran with {name}={value!r}, here it is {mine.get(name)!r}: make the "
+                    "pruner as it was, or start anew"
+                )
         gates = state["gates"]
         if list(gates) != list(self.gates):
             different = sorted(set(gates) ^ set(self.gates)) or ["their order"]
@@ -569,14 +624,47 @@ class DNALPruner(Pruner):
             here = self.gates[name].s.numel()
             if tuple(values["s"].shape) != (here,):
                 raise DNALError(f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {here}")
-        with torch.no_grad():
-            for name, values in gates.items():
-                gate = self.gates[name]
-                gate.s.copy_(values["s"])
-                gate.delta.copy_(values["delta"])
-                gate.mask.copy_(values["mask"])
-                gate.state = GateState(values["state"])
-        if state["latency"] is not None:
-            self._cost.load_latency_state(state["latency"])
-            self._objective = self._make_objective(self._limits)
-        self._resume, self._keep = state["search"], state["keep"]
+
+    def save_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write all that a search under way needs to go on: model, gates, torch's random state and the optimizer's.
+
+        The file appears whole or not at all, in place of the one before: call this as often as you like. It is
+        safetensors, and holds no pickle.
+
+        Args:
+            path: usually ``*.safetensors``.
+            optimizer: the one that the search was given.
+        """
+        state = {"model": self.bound_model.state_dict(), "pruner": self.state_dict()}
+        save_state(path, state | {"optimizer": None if optimizer is None else optimizer.state_dict()})
+
+    def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take up a search where :meth:`save_checkpoint` left it: the next ``search(steps)`` goes on from there.
+
+        ``search.done`` says how many steps it has made: give it the batches from there on, and it ends as it would have
+        without the interruption, bit for bit on the same machine. Torch's random state is put back as the search is
+        entered; random numbers of other sources (``random``, numpy, data loading) are yours to repeat.
+
+        Raises:
+            DNALError: the file is damaged, or of another model, budget or optimizer; nothing has then changed.
+        """
+        state = load_state(path)
+        if not isinstance(state, dict) or state.keys() != {"model", "pruner", "optimizer"}:
+            raise DNALError(f"{path} was not written by save_checkpoint")
+        own = self.bound_model.state_dict()
+        theirs = state["model"]
+        for name in [*own, *theirs]:
+            shapes = [list(t[name].shape) if isinstance(t.get(name), Tensor) else None for t in (own, theirs)]
+            if shapes[0] != shapes[1]:
+                raise DNALError(f"{path} does not fit the model: {name} is {shapes[1]}, the model's is {shapes[0]}")
+        self._check_state(state["pruner"])
+        if (optimizer is None) != (state["optimizer"] is None):
+            missing = "needs the optimizer that the search had" if optimizer is None else "holds no optimizer"
+            raise DNALError(f"{path} {missing}: load_checkpoint(path, optimizer) and save_checkpoint alike")
+        if optimizer is not None:
+            try:
+                optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:
+                raise DNALError(f"{path} does not fit the optimizer: {error}") from error
+        self.bound_model.load_state_dict(theirs)
+        self.load_state_dict(state["pruner"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import html
 import json
 import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .cost import Complexity
+from .errors import DNALError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,12 @@ class Report:
         relative_diff: the same relative to the largest output, in float64 where the model runs in it.
         masked_diff: largest difference between NNI's masked model, which leaves the norms of masked channels on, and
             the cut one, in eval mode, relative to the largest output.
-        history: step, delta and expected cost over the search.
+        seconds: what took how long, by name.
+        history: over the search, some 100 entries: step, delta, expected cost (of the dense one), loss, and the number
+            of gates in each of 20 bins from 0 to 1 ("gates").
+        command: what was run.
+        versions: of the packages that it ran with.
+        settings: of the command.
     """
 
     before: Complexity
@@ -56,9 +65,12 @@ class Report:
     relative_diff: float | None = None
     masked_diff: float | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     accuracy: tuple[float, float] | None = None
     latency_ms: tuple[float, float] | None = None
+    command: str | None = None
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, before, after, after / before), ready to print."""
@@ -104,24 +116,44 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def to_html(self) -> str:
-        """One self-contained page: the table, and a bar for every group's width."""
-        table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows())
-        widest = max([g.units for g in self.groups], default=1)
-        bars = "".join(
-            f"<tr><td>{html.escape(g.name)}</td><td>{g.kept} / {g.units}</td><td><div class=before "
-            f"style='width:{300 * g.units / widest:.0f}px'><div class=after "
-            f"style='width:{100 * g.kept / g.units:.1f}%'></div></div></td><td>{html.escape(g.frozen or '')}</td></tr>"
-            for g in self.groups
-        )
-        style = (
-            "body{font:15px sans-serif;margin:2em}td,th{padding:2px 12px;text-align:left}"
-            ".before{background:#ddd}.after{background:#1f77b4;height:12px}"
-        )
-        return (
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>DNAL report</title><style>{style}</style>"
-            f"<h1>DNAL report</h1><table><tr><th><th>before<th>after<th></tr>{table}</table>"
-            f"<p>max |gated - sliced|: {self.max_abs_diff}</p><h2>Widths</h2><table>{bars}</table></html>"
-        )
+        """One self-contained page: table, search, widths, layers left whole; no script, nothing from the network."""
+        from .page import page
+
+        return page(self)
+
+    def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
+        """The history as scalars and gate histograms for TensorBoard (needs tensorboard)."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise DNALError("to_tensorboard needs tensorboard: pip install tensorboard") from error
+        with SummaryWriter(os.fspath(folder)) as writer:  # type: ignore[no-untyped-call]
+            for entry in self.history:
+                for name in ("cost", "delta", "loss"):
+                    if entry.get(name) is not None:
+                        writer.add_scalar(f"search/{name}", entry[name], entry["step"])  # type: ignore[no-untyped-call]
+                if entry.get("gates"):
+                    _add_histogram(writer, entry["gates"], entry["step"])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report that :meth:`to_dict` gave.
+
+        Raises:
+            DNALError: ``values`` is something else.
+        """
+        try:
+            values = dict(values)
+            for name in ("before", "after"):
+                values[name] = Complexity(**values[name])
+            values["groups"] = [GroupReport(**group) for group in values["groups"]]
+            for name in ("accuracy", "latency_ms"):
+                values[name] = tuple(values[name]) if values.get(name) is not None else None
+            report = cls(**values)
+            str(report)  # numbers where numbers belong
+            return report
+        except (KeyError, TypeError, ValueError) as error:
+            raise DNALError(f"this is no report of dnal_nni: {error}") from error
 
     def plot_widths(self, path: str | os.PathLike[str]) -> None:
         """Bars of every group's width before and after, as a picture (needs matplotlib)."""
@@ -135,3 +167,21 @@ class Report:
         axes.set_xticks(places, [g.name for g in self.groups], rotation=90, fontsize=8)
         axes.legend()
         figure.savefig(path, dpi=120)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("dnal_nni", "torch", "torchvision", "fvcore", "nni"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _add_histogram(writer: Any, counts: list[int], step: int) -> None:
+    """Counts in equal bins from 0 to 1."""
+    edges = [(i + 1) / len(counts) for i in range(len(counts))]
+    middles = [edge - 0.5 / len(counts) for edge in edges]
+    total = sum(count * middle for count, middle in zip(counts, middles))
+    squares = sum(count * middle**2 for count, middle in zip(counts, middles))
+    writer.add_histogram_raw("search/gates", 0.0, 1.0, sum(counts), total, squares, edges, counts, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ MOMENTUM = 0.9
 REACH = 0.3
 # Candidates of a supernet start alike, and must come apart: they move farther by this factor.
 CANDIDATES_REACH = 1 / REACH
+BINS = 20  # of the gates' histogram in the history
 # From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
 # open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
 SETTLED = 0.75
@@ -152,7 +154,7 @@ def _entry(table: Tensor, step: int | Tensor) -> Tensor:
     return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
 
 
-def _ungated(name: str) -> str:
+def ungated(name: str) -> str:
     """The name that a parameter has while no gate acts on it."""
     return name.replace(".parametrizations", "").removesuffix(".original")
 
@@ -196,7 +198,8 @@ class Search:
         self.gates = list(gates.values())
         self.optimizer, self.weights_learn, self.progress = optimizer, weights_learn, progress
         self.done = 0
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
+        self._loss: Tensor | None = None
         device = self.gates[0].s.device
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.scores: Scores | None = None
@@ -211,6 +214,7 @@ class Search:
             self.momentum, self.scale = torch.zeros_like(self.score), self.score.new_zeros(())
         self._trainable: list[nn.Parameter] = []
         self.saved: dict[str, Tensor] = {}
+        self._random: Mapping[str, Tensor] = {}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -218,7 +222,7 @@ class Search:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:
-            self.saved = {_ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
+            self.saved = {ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
         self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=not self.progress)
         for gate in self.gates:
             gate.state = GateState.SOFT
@@ -228,6 +232,8 @@ class Search:
                 gate.value = torch.ones_like(gate.s).requires_grad_()
         self._set_gates()
         self._freeze()
+        for device, state in self._random.items():
+            torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, self.score.device)
         return self
 
     def __exit__(
@@ -253,8 +259,8 @@ class Search:
     def restore(self) -> None:
         """Give the model's weights and norm statistics the values that they had ahead of the first search."""
         for name, tensor in self._tensors():
-            if _ungated(name) in self.saved:
-                tensor.copy_(self.saved[_ungated(name)])
+            if ungated(name) in self.saved:
+                tensor.copy_(self.saved[ungated(name)])
 
     @property
     def learns_weights(self) -> bool:
@@ -283,7 +289,8 @@ class Search:
 
         On a GPU, looking at the loss would wait for the device: there it is looked at with every entry of the history.
         """
-        wrong = ~torch.isfinite(loss.detach()).all() & (self.bad_step < 0)
+        self._loss = loss.detach()
+        wrong = ~torch.isfinite(self._loss).all() & (self.bad_step < 0)
         self.bad_step.masked_fill_(wrong.to(self.bad_step.device), self.done)
         if (not loss.is_cuda or self._reports(self.done + 1)) and int(self.bad_step) >= 0:
             raise DNALError(
@@ -323,7 +330,15 @@ class Search:
         if self._reports(self.done):
             g = torch.cat([gate().detach() for gate in self.gates]).double()
             cost = float(self.objective.relative(g).mean()) if self.objective is not None else float(g.mean())
-            self.history.append({"step": self.done, "delta": float(self.gates[0].delta), "cost": cost})
+            self.history.append(
+                {
+                    "step": self.done,
+                    "delta": float(self.gates[0].delta),
+                    "cost": cost,
+                    "loss": None if self._loss is None else float(self._loss),
+                    "gates": torch.histc(g, BINS, 0, 1).long().tolist(),
+                }
+            )
             self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
 
     def _reports(self, step: int) -> bool:
@@ -371,12 +386,22 @@ class Search:
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, object]:
-        """What a search needs to go on: tensors and numbers only."""
+        """What a search needs to go on: tensors and numbers only. Torch's random state of now is part of it."""
         tensors = {name: getattr(self, name).clone() for name in ("score", "momentum", "scale")}
-        return {"done": self.done, "steps": self.steps, "history": list(self.history), "saved": self.saved, **tensors}
+        random = {"cpu": torch.get_rng_state()}
+        if self.score.is_cuda:
+            random["cuda"] = torch.cuda.get_rng_state(self.score.device)
+        return {
+            "done": self.done,
+            "steps": self.steps,
+            "history": list(self.history),
+            "saved": self.saved,
+            "random": random,
+            **tensors,
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take up a search of the same number of steps."""
+        """Take up a search of the same number of steps; its random state is put back when the search is entered."""
         if state["steps"] != self.steps:
             raise DNALError(f"search(steps={self.steps}): the search to be resumed was planned for {state['steps']}")
         for name in ("score", "momentum", "scale"):
@@ -385,3 +410,4 @@ class Search:
         if self.scores is not None and self.done >= self.scores.moving:
             self.scores.settle()
         self.saved = dict(state["saved"])  # type: ignore[call-overload]
+        self._random = {name: value.cpu() for name, value in state.get("random", {}).items()}  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -60,6 +61,7 @@ def check_config(model: nn.Module, config_list: Any) -> None:
         if not isinstance(config, Mapping):
             raise DNALError(f"{where} is a {type(config).__name__}, not a dict")
         _check_values(where, config, [*SELECT, *LEGACY, *VALUES, *GIVEN, "target_names", "target_settings"])
+        _check_forms(where, config)
         if not {"op_types", "op_names", "op_names_re", "op_partial_names"} & set(config):
             raise DNALError(f"{where} selects nothing: add op_types, op_names or op_names_re")
         for key in ("op_names", "exclude_op_names"):
@@ -83,6 +85,28 @@ def check_config(model: nn.Module, config_list: Any) -> None:
         _check_values(f"{where}['target_settings']['bias']", settings.get("bias", {}), ["apply_method"])
 
 
+def _check_forms(where: str, config: Mapping[str, Any]) -> None:
+    """The types that NNI and the rest of this file rely on."""
+    for key, value in config.items():
+        if key in (*SELECT, "op_partial_names", "target_names"):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+                raise DNALError(f"{where}: {key}={value!r} must be a list of names, for example ['conv1']")
+        elif key == "target_settings":
+            if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
+                raise DNALError(f"{where}: {key}={value!r} must be a dict of dicts, as {{'weight': {{...}}}}")
+        elif key == "exclude":
+            if not isinstance(value, bool):
+                raise DNALError(f"{where}: {key}={value!r} must be True or False")
+        elif key in LEGACY and not (isinstance(value, float) and 0 <= value < 1):
+            raise DNALError(f"{where}: {key}={value!r} must be a float in [0, 1)")
+    for key in ("op_names_re", "exclude_op_names_re"):
+        for pattern in config.get(key, ()):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise DNALError(f"{where}: {key}: {pattern!r} is no regular expression ({error})") from error
+
+
 def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str]) -> None:
     for key, value in config.items():
         if key not in supported:
@@ -95,6 +119,8 @@ def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str
             raise DNALError(f"{where}: {key}={value!r} must be a float in [0, 1)")
         if key == "sparse_threshold" and not (fraction and 0 < value < 1):
             raise DNALError(f"{where}: {key}={value!r} must be a float in (0, 1): channels whose gate is less go")
+        if key.endswith("_group_id") and not isinstance(value, (int, str)):
+            raise DNALError(f"{where}: {key}={value!r} must be a number or a name")
         given = GIVEN.get(key)
         if given is not None and value not in given:
             raise DNALError(f"{where}: {key}={value!r} is not supported; use {' or '.join(map(repr, given))}")

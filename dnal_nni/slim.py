@@ -18,8 +18,11 @@ from .inject import detach
 Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
 
 CHANGES = "_dnal_changes"
-"""Attribute of a cut network: what a cut did beside shapes, ``{"choices": {path: [0 or 1 per unit]}, "baked": [path],
-"stored": {path: number(s)}}``."""
+"""Attribute of a cut network: what a cut did beside the shapes of its state dict.
+
+``{"choices": {path: [0 or 1 per unit]}, "baked": [path], "stored": {path: number(s)},
+"unsaved": [path of a buffer that is not persistent]}``.
+"""
 
 
 def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
@@ -53,7 +56,7 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             mask[member.channels[dropped[member.units]]] = False
     drop(slim, chosen)
     left = {path for path, _ in slim.named_modules()}
-    changes: dict[str, Any] = {"choices": chosen, "baked": [], "stored": {}}
+    changes: dict[str, Any] = {"choices": chosen, "baked": [], "stored": {}, "unsaved": []}
     for path, sides in masks.items():
         if homes[path] not in left:
             continue  # in a candidate that is gone
@@ -64,6 +67,11 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             for (_, dim), mask in sides.items():
                 assert dim is not None
                 _cut(slim.get_submodule(owner), name, dim, mask)
+            holder = slim.get_submodule(owner)
+            if name in holder._non_persistent_buffers_set:
+                changes["unsaved"].append(path)
+            if isinstance(holder, nn.Linear) and name == "weight":  # whose parent computes with its weight
+                holder.out_features, holder.in_features = holder.weight.shape
         else:
             layer = slim.get_submodule(path)
             if bake(layer):

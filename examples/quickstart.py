@@ -2,14 +2,16 @@
 
     python examples/quickstart.py --out out
 
-About a minute on two CPU cores; nothing is downloaded. Writes OUT/report.json and OUT/widths.png. Expect about 98 %
-accuracy before and after.
+About a minute on two CPU cores; nothing is downloaded. Writes OUT/report.json, OUT/report.html and OUT/widths.png.
+Expect about 98 % accuracy before and after.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -129,19 +131,25 @@ def main() -> None:
     data = batches(train_x, train_y, 15, args.seed + 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
     model.train()
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / f"search-{args.seed}.safetensors"  # killed, the same command goes on from here
+    if checkpoint.exists():
+        pruner.load_checkpoint(checkpoint, optimizer)
     with pruner.search(steps=len(data), optimizer=optimizer) as search:
-        for x, y in data:
+        for x, y in data[search.done :]:
             search.step(F.cross_entropy(model(x), y))
+            if search.done % 50 == 0:
+                pruner.save_checkpoint(checkpoint, optimizer)
     slim = pruner.speedup()
     update_bn(data[:20], slim)
     train(slim, batches(train_x, train_y, 20, args.seed + 2), 0.05, "fine-tune")
 
     report = pruner.report
+    report.command = shlex.join(["python", *sys.argv])
     report.accuracy = (before, accuracy(slim, test_x, test_y))
     report.latency_ms = latency_ms([dense, slim], test_x)[:2]  # type: ignore[assignment]
     print(report)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     result = {
         name: {
             "flops": size.flops,
@@ -156,7 +164,9 @@ def main() -> None:
     partial.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(partial, args.out / "report.json")
     report.plot_widths(args.out / "widths.png")
-    print(f"\nwritten: {args.out / 'report.json'}, {args.out / 'widths.png'}")
+    (args.out / "report.html").write_text(report.to_html())
+    checkpoint.unlink(missing_ok=True)
+    print(f"\nwritten: {', '.join(str(args.out / name) for name in ('report.json', 'report.html', 'widths.png'))}")
 
 
 if __name__ == "__main__":

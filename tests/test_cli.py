@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dnal_nni import save_compressed
-from dnal_nni.cli import Inspection, inspect, main
+from dnal_nni.cli import main
 from dnal_nni.groups import find_groups
+from dnal_nni.inspection import Inspection, inspect
 from dnal_nni.slim import slim_copy
 from dnal_nni.verify import random_keep
 
