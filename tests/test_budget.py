@@ -119,3 +119,21 @@ def test_the_cut_never_goes_over_and_keeps_multiples(wide: nn.Module, x: Tensor)
             assert int(part.sum()) % step == 0 or int(part.sum()) == size
 
     holds()
+
+
+@pytest.mark.parametrize("steps", [20, 200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_the_defaults_hold_for_short_and_long_searches(
+    wide: nn.Module, x: Tensor, batches: Batches, steps: int
+) -> None:
+    model = copy.deepcopy(wide)
+    pruner = DNALPruner(model, CONV, dummy_input=x, budget=Budget(flops=0.35))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    with pruner.search(steps, optimizer=optimizer, progress=False) as search:
+        for i in range(steps):
+            images, labels = batches[i % len(batches)]
+            search.step(F.cross_entropy(model(images), labels))
+    assert search.decided() >= 0.95
+    slim = pruner.speedup()
+    assert measure(slim, x).flops / measure(wide, x).flops == pytest.approx(0.35, rel=0.01)
+    # no layer collapses: with all groups at their floors the network costs 80 % of the budget
+    assert all(g.kept >= 0.2 * g.units for g in pruner.report.groups)
