@@ -249,13 +249,19 @@ def widths_vary(runs: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(100 * statistics.stdev(w) / statistics.mean(w) for w in layers):.0f}"
 
 
+def net_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What runs must share to be compared."""
+    settings = {name: value for name, value in line["settings"].items() if name != "search_epochs"}
+    return line["dataset"], line["model"], line["width"], json.dumps(settings, sort_keys=True)
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown, one table per data set, model and budget, best mean first."""
-    dense = {(x["dataset"], x["model"], x["width"]): [] for x in lines}
+    dense = {net_of(x): [] for x in lines}
     cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     sizes = {}
     for x in lines:
-        net = (x["dataset"], x["model"], x["width"])
+        net = net_of(x)
         if x["method"] == "dense":
             dense[net].append(x["accuracy"])
             sizes[net] = x["flops"]
@@ -267,9 +273,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         out.append(f"\n### {net[0]}, {net[1]}{'' if net[2] == 1 else f' x {net[2]:g}'}, {100 * budget:g} % MACs\n")
         some = next(iter(methods.values()))[0]
         setting = some["settings"]
+        images = f" of {setting['subset']} images" if setting["subset"] else ""
         out.append(
-            f"Uncut: {spread(dense[net_key])} % after {setting['pretrain_epochs']} epochs; then {setting['epochs']} "
-            f"epochs in all. {some['device']}, {setting['precision']}.\n"
+            f"Uncut: {spread(dense[net_key])} % after {setting['pretrain_epochs']} epochs{images}; then "
+            f"{setting['epochs']} epochs in all. {some['device']}, {setting['precision']}.\n"
         )
         out.append(
             "| method | accuracy % | seeds | end of the search % | right after the cut % | norms recalibrated % "
@@ -295,10 +302,10 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against MACs, one panel per data set and model."""
     from matplotlib.figure import Figure
 
-    nets = sorted({(x["dataset"], x["model"], x["width"]) for x in lines})
+    nets = sorted({net_of(x) for x in lines})
     figure = Figure(figsize=(6 * len(nets), 4.5), layout="constrained")
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets):
-        here = [x for x in lines if (x["dataset"], x["model"], x["width"]) == net]
+        here = [x for x in lines if net_of(x) == net]
         for method in [m for m in METHODS if any(x["method"] == m for x in here)]:
             budgets = sorted({x["budget"] for x in here if x["method"] == method})
             runs = [[x["accuracy"] for x in here if (x["method"], x["budget"]) == (method, b)] for b in budgets]
@@ -306,7 +313,11 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
             style: dict[str, Any] = {"linewidth": 2.5, "color": "black", "zorder": 3} if method == "dnal" else {}
             share = [100 * b for b in budgets]
             axes.errorbar(share, [statistics.mean(r) for r in runs], errors, marker="o", label=method, **style)
-        axes.set(title=f"{net[0]}, {net[1]}", xlabel="MACs, % of the uncut network", ylabel="test accuracy, %")
+        axes.set(
+            title=f"{net[0]}, {net[1]}{'' if net[2] == 1 else f' x {net[2]:g}'}",
+            xlabel="MACs, % of the uncut network",
+            ylabel="test accuracy, %",
+        )
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
