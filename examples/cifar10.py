@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -246,21 +245,6 @@ def search_and_cut(train: Images, test: Images, args: argparse.Namespace) -> tup
 # Report
 
 
-@torch.no_grad()
-def latencies_ms(models: dict[str, nn.Module], image: Tensor, repeats: int = 100) -> dict[str, float]:
-    """Median time of a float32 forward pass per model; the models take turns, so that both see the same machine."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(repeats + 10):  # the first 10 warm up
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.eval()(image)
-            if image.is_cuda:
-                torch.cuda.synchronize()
-            if turn >= 10:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def plot_widths(groups: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -289,12 +273,13 @@ def write_report(
     slim: nn.Module, search: dict[str, Any], finetune: dict[str, Any], test: Images, args: argparse.Namespace
 ) -> None:
     from dnal_nni import measure
+    from dnal_nni.latency import latencies
 
     dense, train = trained_model(test.classes, args)
     image = normalised(test.pixels[:1])
     models = {"before": dense, "after": slim}
     accuracy = {"before": train["accuracy"][-1], "after": [search["accuracy_after_cut"], *finetune["accuracy"]][-1]}
-    latency = latencies_ms(models, image)
+    latency = dict(zip(models, latencies([dense, slim], image)))
     report: dict[str, Any] = {}
     for name, model in models.items():
         size = measure(model, image)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shlex
-import statistics
 import sys
 import time
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
 from dnal_nni import Budget, DNALPruner
+from dnal_nni.latency import latencies
 
 BATCH = 64
 
@@ -99,18 +99,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * float((model.eval()(images).argmax(1) == labels).double().mean())
 
 
-@torch.no_grad()
-def latency_ms(models: list[nn.Module], images: Tensor) -> tuple[float, ...]:
-    """Median time of a forward pass of each model; they take turns."""
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(50):
-        for model, taken in zip(models, times):
-            start = time.perf_counter()
-            model.eval()(images)
-            taken.append(1000 * (time.perf_counter() - start))
-    return tuple(statistics.median(taken) for taken in times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -147,7 +135,8 @@ def main() -> None:
     report = pruner.report
     report.command = shlex.join(["python", *sys.argv])
     report.accuracy = (before, accuracy(slim, test_x, test_y))
-    report.latency_ms = latency_ms([dense, slim], test_x)[:2]  # type: ignore[assignment]
+    dense_ms, slim_ms = latencies([dense, slim], test_x)
+    report.latency_ms = (dense_ms, slim_ms)
     print(report)
 
     result = {
