@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from cifar_data import Images, batches_per_epoch, load_images, normalised, training_batches
 from cifar_models import MODELS
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 

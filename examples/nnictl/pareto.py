@@ -1,7 +1,7 @@
 """Draw accuracy against FLOPs from the trials of an experiment, with the Pareto front, and print the front.
 
-nnictl experiment export ID --type json --filename trials.json
-python examples/nnictl/pareto.py trials.json pareto.png
+    nnictl experiment export ID --type json --filename trials.json
+    python examples/nnictl/pareto.py trials.json pareto.png
 """
 
 import argparse
