@@ -26,7 +26,8 @@ import peers
 import torch
 from torch import Tensor
 
-LAMBDAS = (1e-5, 5e-5, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
+LAMBDAS = (1e-5, 5e-5, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4)  # the paper's
+LARGER = (1e-3, 1e-2, 1e-1, 1.0)  # a network that was trained briefly holds its gates open against the paper's
 STEPS = 3910
 THRESHOLD = 0.9
 # the authors' README: top-1 in per cent, FLOPs in millions; the uncut network, then one point a lambda
@@ -82,7 +83,7 @@ def plot(lines: list[dict[str, object]], path: Path) -> None:
 
 def main() -> None:
     methods.METHODS.clear()
-    methods.METHODS.update({f"lambda {value:g}": sweep(value) for value in LAMBDAS})
+    methods.METHODS.update({f"lambda {value:g}": sweep(value) for value in (*LAMBDAS, *LARGER)})
     peers.plot = plot
     sys.argv[2:2] = ["--budgets", "1", "--datasets", "cifar10"]
     peers.main()
