@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -260,7 +261,10 @@ def distilled(method: Method) -> Method:
 def nni_slim(run: Run) -> Generator[None, None, Outcome]:
     """NNI's SlimPruner for half of the epochs, with its default penalty; the scaling factors stay in the weights."""
     epochs = run.args.epochs // 2
-    data = batches(run.net, run.train, run.args.batch_size, run.job.seed * 10 + 1, epochs * run.per_epoch)
+    data = itertools.chain.from_iterable(
+        batches(run.net, run.train, run.args.batch_size, 1000 * run.job.seed + epoch, run.per_epoch)
+        for epoch in range(epochs)
+    )
     keep, state = train_slim(run.job, run.state(), data, run.net.device, run.args.precision, epochs * run.per_epoch)
     run.load(state)
     accuracy = yield from run.net.accuracy(run.weights, run.ones(), run.test)
