@@ -62,6 +62,24 @@ def test_what_is_not_finite_must_be_the_same(a: tuple[float, ...], b: tuple[floa
     assert difference(Returns(*a), Returns(*b), torch.zeros(1)) == (gap, gap / largest)
 
 
+class FailsInTraining(nn.Module):
+    """Like the Inceptions with a small image: the auxiliary head of train mode does not take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Conv2d(3, 2, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return y + self.head(y).mean() if self.training else y
+
+
+def test_a_train_mode_that_fails_moves_no_statistics() -> None:
+    model, x = FailsInTraining(), torch.randn(4, 3, 4, 4) + 1
+    assert difference(model, copy.deepcopy(model), x) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_gated_equals_sliced_and_costs_what_the_model_says(name: str) -> None:
     build, size = ZOO[name]
