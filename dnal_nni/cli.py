@@ -200,7 +200,7 @@ def _compress(arguments: argparse.Namespace) -> str:
 
     given = vars(arguments)
     options = _config(given["config"]) if "config" in given else {}
-    options |= {name: value for name, value in given.items() if name not in ("command", "config", "json")}
+    options |= {name: value for name, value in given.items() if name not in ("command", "words", "config", "json")}
     tensorboard = bool(options.pop("tensorboard", False))
     known = {field.name for field in dataclasses.fields(Settings)}
     for name in options:
@@ -213,7 +213,7 @@ def _compress(arguments: argparse.Namespace) -> str:
     if any(name in given for name in limits):  # instead of all limits in the file
         options |= {name: given.get(name) for name in limits}
     settings = Settings(**options)
-    report = compress(settings, shlex.join(["dnal", *sys.argv[1:]]))
+    report = compress(settings, shlex.join(["dnal", *arguments.words]))
     if tensorboard:
         report.to_tensorboard(settings.out / "tensorboard")
     if arguments.json:
@@ -293,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is well; 2, with one sentence on stderr, when the caller can mend it; 130 when interrupted.
     """
     try:
-        arguments = _parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
         # what a model prints must not get into the JSON, and what libraries warn of is no news here
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             if not sys.warnoptions:

@@ -127,7 +127,7 @@ def test_from_images_to_a_smaller_network(work: Path, capsys: pytest.CaptureFixt
     report = json.loads((work / "run" / REPORT).read_text())
     assert report["accuracy"][1] > 60 and report["max_abs_diff"] < 1e-5 and report["settings"]["flops"] == 0.5
     assert set(report["seconds"]) >= {"search", "cut", "finetune"} and report["versions"]["torch"]
-    assert "mynets:net" in report["settings"]["model"] and report["command"].startswith("dnal ")
+    assert "mynets:net" in report["settings"]["model"] and report["command"].startswith("dnal compress mynets:net")
     assert [entry["step"] for entry in report["history"]] == list(range(1, 7))
     assert all(sum(entry["gates"]) == 28 and entry["loss"] > 0 for entry in report["history"])
     assert any((work / "run" / "tensorboard").iterdir())
