@@ -213,8 +213,10 @@ class CostModel:
         What of it the layers do not explain is the same at all widths: launching kernels, the interpreter.
         """
         assert self.dense.latency is not None
-        saved = (self.dense.latency - latency) / (self.dense.latency - float(self.latency(g)))
-        self.latency_terms *= min(max(saved, 0.05), 1.0)
+        predicted = self.dense.latency - float(self.latency(g))
+        if predicted <= 0:
+            return  # nothing, or next to nothing, is closed
+        self.latency_terms *= min(max((self.dense.latency - latency) / predicted, 0.05), 1.0)
         self.latency_rest = self.dense.latency - float(self.latency_terms.sum())
 
     def latency_state(self) -> dict[str, Any]:

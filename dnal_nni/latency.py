@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import time
 from collections import defaultdict
@@ -68,7 +69,7 @@ def layer_latencies(model: nn.Module, dummy_input: Any) -> tuple[float, dict[str
     fits: dict[tuple[Any, ...], LayerLatency] = {}
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     with torch.no_grad():
-        for path, x in _inputs(model, dummy_input):
+        for path, x in _inputs(clone(model), dummy_input):
             layer = model.get_submodule(path)
             kind = (type(layer), repr(layer), x.shape, x.dtype, x.stride())
             if kind not in fits:
@@ -81,15 +82,15 @@ def layer_latencies(model: nn.Module, dummy_input: Any) -> tuple[float, dict[str
 def _inputs(model: nn.Module, dummy_input: Any) -> list[tuple[str, Tensor]]:
     """Path and input of every call of a layer."""
     seen: list[tuple[str, Tensor]] = []
-    hooks = []
+
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))  # conv(input=x)
+        seen.append((path, x.detach()))
+
     for path, module in model.named_modules():
         if isinstance(module, TIMED):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0].detach())))
-            )
+            module.register_forward_pre_hook(functools.partial(note, path), with_kwargs=True)
     call(model, dummy_input)
-    for hook in hooks:
-        hook.remove()
     return seen
 
 

@@ -131,6 +131,29 @@ def test_real_time(net: nn.Module, x: Tensor) -> None:
     assert gated.training and any("parametrizations" in name or "gate" in name for name, _ in gated.named_modules())
 
 
+class ByName(nn.Module):
+    """Calls a layer with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(input=torch.relu(self.a(x))).mean((2, 3)))
+
+
+@pytest.mark.usefixtures("clock")
+def test_layers_called_with_keywords_are_timed_too(x: Tensor) -> None:
+    _, layers = layer_latencies(ByName(), x)
+    assert set(layers) == {"a", "b", "fc"} and sum(layers["b"]) > 0
+
+
+def test_a_latency_budget_that_closes_nothing(net: nn.Module, x: Tensor) -> None:
+    cost = pruner_of(net, x, Budget(latency=1.0))._cost
+    everything = torch.ones(sum(cost.sizes), dtype=torch.float64)
+    assert float(cost.latency(everything)) == pytest.approx(cost.dense.latency)
+
+
 def test_more_than_there_is(net: nn.Module, x: Tensor) -> None:
     with pytest.raises(DNALError, match=r"Budget\(latency=1e\+06\) is more than the model has"):
         pruner_of(net, x, Budget(latency=1e6))
