@@ -91,7 +91,7 @@ def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
     """The training images in two parts, the second with ``share`` of them; both with themselves as test images."""
     order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
     cut = round((1 - share) * len(order))
-    return tuple((data[0][i], data[0][i], data[2][i], data[2][i]) for i in (order[:cut], order[cut:]))  # type: ignore[return-value]
+    return tuple((data[0][i], data[0][i], data[2][i], data[2][i]) for i in (order[:cut], order[cut:]))
 
 
 def loader(images: Tensor, labels: Tensor, seed: int) -> Any:

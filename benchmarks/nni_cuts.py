@@ -30,7 +30,7 @@ def evaluator(model: nn.Module, batches: Batches, lr: float, device: str = "cpu"
     import nni
     from nni.compression import TorchEvaluator
 
-    def training(model, optimizer, training_step, scheduler, max_steps, max_epochs):  # type: ignore[no-untyped-def]
+    def training(model, optimizer, training_step, scheduler, max_steps, max_epochs):
         model.train()
         for _, batch in zip(range(max_steps), batches):
             optimizer.zero_grad()

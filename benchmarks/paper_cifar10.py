@@ -66,7 +66,7 @@ def plot(lines: list[dict[str, object]], path: Path) -> None:
     for model in sorted({str(x["model"]) for x in lines}):
         dense = {x["seed"]: x for x in lines if x["model"] == model and x["method"] == "dense"}
         points = [
-            (100 * x["flops"] / dense[x["seed"]]["flops"], x["accuracy"] - dense[x["seed"]]["accuracy"])  # type: ignore
+            (100 * x["flops"] / dense[x["seed"]]["flops"], x["accuracy"] - dense[x["seed"]]["accuracy"])
             for x in lines
             if x["model"] == model and x["method"] != "dense" and x["seed"] in dense
         ]

@@ -7,6 +7,7 @@ closed ones from the module tree. Channels inside of candidates are gated as in 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +23,7 @@ _GATE = "dnal_choice_gate"
 Weight = float | Tensor
 
 
-class Choice(nn.Module):
+class Choice(nn.Module, abc.ABC):
     """Units that can each be left out. One gate serves all choices of one label: they decide alike.
 
     Args:
@@ -41,17 +42,17 @@ class Choice(nn.Module):
         self.label = label
 
     @property
+    @abc.abstractmethod
     def units(self) -> list[str]:
         """The names of what can be left out, in the order of the gate."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def parts(self) -> dict[str, tuple[int, ...]]:
         """By relative path of a submodule, the units that must all be open for it to run."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def drop(self, keep: Tensor) -> None:
         """Remove what is closed from the module tree. ``keep``: bool ``[units]``."""
-        raise NotImplementedError
 
     def attach(self, gate: ScaledSigmoidGate) -> None:
         """Let ``gate`` act."""
@@ -94,8 +95,7 @@ class Choice(nn.Module):
 
 
 def _times(out: Any, weight: Weight) -> Any:
-    scaled = isinstance(weight, Tensor) and isinstance(out, Tensor)
-    return out * weight.to(out.dtype) if scaled else out  # type: ignore[union-attr]
+    return out * weight.to(out.dtype) if isinstance(weight, Tensor) and isinstance(out, Tensor) else out
 
 
 class Mixture(Choice):
@@ -273,7 +273,7 @@ class Inputs(Choice):
         if self.reduction == "sum":
             return total
         share = sum(weights)
-        return total / (share if isinstance(share, float) else share.to(total.dtype))  # type: ignore[union-attr]
+        return total / (share.to(total.dtype) if isinstance(share, Tensor) else share)
 
 
 class Cell(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         _COMPRESS,
     )
     # no defaults here: what is not given is left to the config file, and then to compress.Settings
-    option = lambda *names, **kw: compress.add_argument(*names, default=argparse.SUPPRESS, **kw)  # noqa: E731
+    option = functools.partial(compress.add_argument, default=argparse.SUPPRESS)
     option("model", nargs="?", metavar="TARGET", help="the network, as package.module:function")
     option("--config", type=Path, metavar="FILE", help="a file of these options: JSON, or TOML from Python 3.11 on")
     option("--data", metavar="DATA", help="a folder of images by class, or package.module:function for loaders")

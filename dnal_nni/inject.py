@@ -63,7 +63,9 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
             continue
         for member in group.members:
             if group.choice:
-                model.get_submodule(member.path).attach(gates[group.name])  # type: ignore[operator]
+                choice = model.get_submodule(member.path)
+                assert isinstance(choice, Choice)
+                choice.attach(gates[group.name])
             if group.site == "norm" and member.path in group.norms:
                 norms[member.path].append((member, gates[group.name]))
             elif group.site == "input" and member.side == "in":

@@ -105,7 +105,7 @@ def speedup(
     )
     if recalibrate is not None:
         training = slim.training
-        torch.optim.swa_utils.update_bn(recalibrate, slim, next(slim.parameters()).device)  # type: ignore[no-untyped-call]
+        torch.optim.swa_utils.update_bn(recalibrate, slim, next(slim.parameters()).device)
         slim.train(training)
     report.seconds["speedup"] = time.perf_counter() - start
     setattr(slim, REPORT, report)

@@ -127,11 +127,11 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DNALError("to_tensorboard needs tensorboard: pip install tensorboard") from error
-        with SummaryWriter(os.fspath(folder)) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(os.fspath(folder)) as writer:
             for entry in self.history:
                 for name in ("cost", "delta", "loss"):
                     if entry.get(name) is not None:
-                        writer.add_scalar(f"search/{name}", entry[name], entry["step"])  # type: ignore[no-untyped-call]
+                        writer.add_scalar(f"search/{name}", entry[name], entry["step"])
                 if entry.get("gates"):
                     _add_histogram(writer, entry["gates"], entry["step"])
 

@@ -385,7 +385,7 @@ class Search:
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What a search needs to go on: tensors and numbers only. Torch's random state of now is part of it."""
         tensors = {name: getattr(self, name).clone() for name in ("score", "momentum", "scale")}
         random = {"cpu": torch.get_rng_state()}
@@ -400,14 +400,14 @@ class Search:
             **tensors,
         }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a search of the same number of steps; its random state is put back when the search is entered."""
         if state["steps"] != self.steps:
             raise DNALError(f"search(steps={self.steps}): the search to be resumed was planned for {state['steps']}")
         for name in ("score", "momentum", "scale"):
             getattr(self, name).copy_(state[name])
-        self.done, self.history = int(state["done"]), list(state["history"])  # type: ignore[call-overload]
+        self.done, self.history = int(state["done"]), list(state["history"])
         if self.scores is not None and self.done >= self.scores.moving:
             self.scores.settle()
-        self.saved = dict(state["saved"])  # type: ignore[call-overload]
-        self._random = {name: value.cpu() for name, value in state.get("random", {}).items()}  # type: ignore[attr-defined]
+        self.saved = dict(state["saved"])
+        self._random = {name: value.cpu() for name, value in state.get("random", {}).items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import adapt
 from .bake import bake
+from .choices import Choice
 from .graph import Conv, Counted, RMSNorm, Side, clone, masked_statistics, whole_groups
 from .groups import ChannelGroup
 from .inject import detach
@@ -84,13 +85,10 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
 def drop(model: nn.Module, chosen: Mapping[str, Sequence[int]]) -> None:
     """Remove closed candidates from the module tree, in place; ``chosen``: 0 or 1 per unit, by path of the choice."""
     for path in sorted(chosen, key=len):  # what lies inside of a closed candidate is gone with it
-        owner = model
-        for name in filter(None, path.split(".")):
-            owner = owner._modules.get(name)  # type: ignore[assignment]
-            if owner is None:
-                break
-        else:
-            owner.drop(torch.tensor(chosen[path], dtype=torch.bool))  # type: ignore[operator]
+        choice = dict(model.named_modules()).get(path)
+        if choice is not None:
+            assert isinstance(choice, Choice)
+            choice.drop(torch.tensor(chosen[path], dtype=torch.bool))
 
 
 def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> Any:

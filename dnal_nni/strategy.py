@@ -116,7 +116,9 @@ class DNALStrategy(OneShotStrategy):
 
     def _run(self) -> None:
         assert self._mutated_model_space is not None
-        trainer = self._mutated_model_space.evaluator.trainer  # type: ignore[union-attr]
+        evaluator = self._mutated_model_space.evaluator
+        assert isinstance(evaluator, Lightning)
+        trainer = evaluator.trainer
         callback = _Searching(self.pruner, self.warmup)
         trainer.callbacks.append(callback)
         try:

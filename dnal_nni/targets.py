@@ -48,7 +48,7 @@ def load_callable(target: str) -> Callable[..., Any]:
     found = _find(target, "function")
     if not callable(found):
         raise DNALError(f"{target} is a {type(found).__name__}, not a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def load_target(target: str, kwargs: dict[str, Any] | None = None) -> nn.Module:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # cifar_models is an example, not part of the package
+# their modules are not part of the package
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "benchmarks")]
 
 CONV = [{"op_types": ["Conv2d"]}]
 

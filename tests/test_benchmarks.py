@@ -1,13 +1,9 @@
 """The benchmark trains in another form than a user does: that it is the same search, and the same network."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 peers = pytest.importorskip("peers")
 methods = pytest.importorskip("methods")
 cuts = pytest.importorskip("cuts")

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from zoo_models import MODELS
 
 from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, save_compressed
 from dnal_nni.graph import call, clone, flatten_tensors
 from dnal_nni.groups import find_groups
 from dnal_nni.slim import slim_copy
 from dnal_nni.verify import random_keep, verify_and_freeze
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from zoo_models import MODELS  # noqa: E402
 
 
 def cut(model: nn.Module, x: Any, fraction: float = 0.6, seconds: float = 60) -> nn.Module:

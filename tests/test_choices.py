@@ -135,7 +135,7 @@ def test_gated_is_sliced_and_costs_what_the_model_says(everything: tuple[DNALPru
         with torch.no_grad():
             expected, got = gated.train(mode)(x.double()), slim.train(mode)(x.double())
         assert float((expected - got).abs().max()) < 1e-9 * float(expected.abs().max())
-    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])  # type: ignore[index]
+    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])
     cost = measure(slim.float(), x)
     assert cost.flops == pytest.approx(float(pruner._cost.flops(g)), rel=1e-9)
     assert cost.params == pytest.approx(float(pruner._cost.params(g)), rel=1e-9)
@@ -240,7 +240,7 @@ def test_a_candidate_with_layers_that_stay_whole_can_go_whole() -> None:
     pruner.harden({"layer": torch.tensor([False, True])})
     slim = pruner.speedup()
     assert slim.layer.units == ["conv"]
-    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])  # type: ignore[index]
+    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])
     assert measure(slim, torch.randn(2, 1, 8, 8)).flops == pytest.approx(float(pruner._cost.flops(g)), rel=1e-9)
 
 

@@ -33,11 +33,11 @@ pytestmark = QUIET
 
 def searched(strategy: DNALStrategy, space: ModelSpace, keep: dict[str, list[int]]) -> DNALStrategy:
     """As after a search that decided ``keep`` (1 or 0 per unit, by label)."""
-    strategy._status, strategy._model_space = "succeeded", None  # type: ignore[assignment]
+    strategy._status, strategy._model_space = "succeeded", None
     strategy.mutate_model(space)
     strategy.mutate_evaluator(evaluator())
     pruner = strategy.pruner
-    label = {g.name: strategy._space.supernet.get_submodule(g.name).label for g in pruner.groups if g.choice}  # type: ignore[union-attr]
+    label = {g.name: strategy._space.supernet.get_submodule(g.name).label for g in pruner.groups if g.choice}
     assert set(keep) <= set(label.values())
     pruner.harden({name: torch.tensor(keep[one]).bool() for name, one in label.items() if one in keep})
     return strategy
@@ -83,7 +83,7 @@ def test_a_width_is_in_the_space_or_not() -> None:
     for width, known in ((12, True), (13, False)):
         strategy.pruner.harden({
             "fc1": torch.arange(24) < width,
-            **{g.name: strategy.pruner._keep[g.name] for g in strategy.pruner.groups if g.choice},  # type: ignore[index]
+            **{g.name: strategy.pruner._keep[g.name] for g in strategy.pruner.groups if g.choice},
         })  # fmt: skip
         if known:
             assert strategy._space.architecture(strategy.slim_model())["hidden"] == 12

@@ -41,7 +41,7 @@ def test_a_toy_space_to_a_retrained_network() -> None:
     assert all(torch.equal(value, untouched[name]) for name, value in space.state_dict().items())
     assert not any(type(callback).__module__.startswith("dnal_nni") for callback in given.trainer.callbacks)
     choices = {m.label: m for m in slim.modules() if isinstance(m, Choice)}
-    assert choices["layer"].units and len(choices["depth"].depths) >= 1  # type: ignore[attr-defined]
+    assert choices["layer"].units and len(choices["depth"].depths) >= 1
 
 
 def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,11 +162,11 @@ def test_the_paper_s_space_on_digits() -> None:
 
 def test_errors_of_arguments() -> None:
     with pytest.raises(DNALError, match="budget=0.5: pass a Budget"):
-        DNALStrategy(0.5)  # type: ignore[arg-type]
+        DNALStrategy(0.5)
     with pytest.raises(DNALError, match=r"warmup=1: must be a number in \[0, 1\)"):
         DNALStrategy(Budget(flops=0.5), warmup=1)
     with pytest.raises(DNALError, match="the model space is a Linear"):
-        Space(nn.Linear(2, 2))  # type: ignore[arg-type]
+        Space(nn.Linear(2, 2))
     with pytest.raises(DNALError, match="run the strategy first"):
         DNALStrategy(Budget(flops=0.5)).slim_model()
     with pytest.raises(DNALError, match="more than single_path leaves .* lower the budget or do without single_path"):
@@ -189,7 +189,7 @@ def test_trainers_that_cannot_be_searched_with(trainer: dict[str, Any], message:
     usual = {"estimated_stepping_batches": 10, "world_size": 1, "optimizers": [1], "global_step": 0}
     pruner: Any = None
     with pytest.raises(DNALError, match=message):
-        _Searching(pruner, 0.5).on_train_start(SimpleNamespace(**{**usual, **trainer}), nn.Identity())  # type: ignore[arg-type]
+        _Searching(pruner, 0.5).on_train_start(SimpleNamespace(**{**usual, **trainer}), nn.Identity())
 
 
 def test_data_without_images_asks_for_a_dummy_input() -> None:

@@ -5,7 +5,6 @@ process of its own with limits on time and memory, an hour or two on one core.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from torch import nn
 
 from dnal_nni.groups import ChannelGroup
 from dnal_nni.slim import Keep, slim_copy
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 timm = pytest.importorskip("timm")
 
