@@ -21,7 +21,7 @@ from . import selection
 from .budget import Budget, Limits, Objective
 from .carry import carry_optimizer
 from .cost import Complexity, CostModel, measure
-from .cut import exact_cut
+from .cut import exact_cut, measured_cut
 from .errors import DNALError
 from .evaluators import check_evaluator, example_input, patch_steps, ready
 from .gate import GateState, ScaledSigmoidGate
@@ -209,13 +209,12 @@ class DNALPruner(Pruner):
         """Hold the latency that the layers add up to against that of a network cut to the budget."""
         assert self._objective is not None
         units = exact_cut(self._objective, importance(model, active), self._objective.floor())
-        keep = dict(zip([g.name for g in active], units.split(self._cost.sizes)))
-        self._cost.calibrate(units.double(), self._latency(slim_copy(model, active, keep), model))
+        self._cost.calibrate(units.double(), self._latency(self._slim(units)))
 
-    def _latency(self, slim: nn.Module, model: nn.Module) -> float:
+    def _latency(self, slim: nn.Module) -> float:
         """Milliseconds of a cut network, where the uncut one takes what it took when it was measured first."""
         assert self._cost.dense.latency is not None
-        now, then = latencies([slim, model], self._dummy_input)
+        now, then = latencies([slim, self.bound_model], self._dummy_input)
         return self._cost.dense.latency * now / then
 
     def _make_objective(self, limits: Limits) -> Objective | None:
@@ -460,28 +459,24 @@ class DNALPruner(Pruner):
         # the paper's search knows no floor; ranks among ties are those of the weights
         floor = self._search.floor if self._search.objective is not None else self._limits.least
         rank = self._search.score.cpu() if self._search.objective is not None else s
-        target = float(self._objective.targets[0])
-        best, aim = (float("inf"), rank), target
-        low, high = 0.0, float("inf")  # aims that cost too little, and too much
-        for _ in range(8):
-            units = exact_cut(self._objective, rank, floor, aim)
-            if self.budget is None:
-                return dict(zip(names, units.split(sizes)))
-            slim = slim_copy(self.bound_model, self._groups, dict(zip(names, units.split(sizes))))
-            ratio = self._objective.measured(self._measured(slim)) / target
-            best = min(best, (abs(ratio - 1), units), key=lambda found: found[0])
-            if best[0] < 2e-3:
-                break
-            low, high = (max(low, aim), high) if ratio < 1 else (low, min(high, aim))
-            aim = aim / ratio if low < aim / ratio < high else (low + high) / 2
-        return dict(zip(names, best[1].split(sizes)))
+        if self.budget is None:
+            units = exact_cut(self._objective, rank, floor)
+        else:
+            units = measured_cut(self._objective, rank, floor, lambda units: self._measured(self._slim(units)))
+        return dict(zip(names, units.split(sizes)))
+
+    def _slim(self, units: Tensor) -> nn.Module:
+        """A copy without the other units, bool ``[units]`` of all groups."""
+        names = [g.name for g in self._groups if g.frozen is None]
+        keep = dict(zip(names, units.split(self._cost.sizes)))
+        return slim_copy(self.bound_model, self._groups, keep)
 
     def _measured(self, slim: nn.Module) -> Complexity:
         """What a cut network costs; its latency only where the budget limits it."""
         size = measure(slim, self._dummy_input)
         if self._cost.dense.latency is None:
             return size
-        return dataclasses.replace(size, latency=self._latency(slim, self.bound_model))
+        return dataclasses.replace(size, latency=self._latency(slim))
 
     def _over_threshold(self, scores: tuple[Tensor, ...]) -> list[Tensor]:
         """Units whose gate is over the threshold, as many as the limits allow."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALPruner, measure
-from dnal_nni.cut import exact_cut
+from dnal_nni.cost import Complexity
+from dnal_nni.cut import exact_cut, measured_cut
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -119,6 +120,21 @@ def test_the_cut_never_goes_over_and_keeps_multiples(wide: nn.Module, x: Tensor)
             assert int(part.sum()) % step == 0 or int(part.sum()) == size
 
     holds()
+
+
+@pytest.mark.parametrize("unseen", [0.7, 1.3])
+def test_what_the_cost_model_cannot_see_is_made_up_for(wide: nn.Module, x: Tensor, unseen: float) -> None:
+    """The cut network costs another share than the model says; the budget is held all the same, from below."""
+    objective = DNALPruner(copy.deepcopy(wide), CONV, dummy_input=x, budget=Budget(flops=0.5))._objective
+    assert objective is not None
+    score = torch.randn(sum(objective.sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = objective.cost.dense.flops
+
+    def measured(units: Tensor) -> Complexity:
+        return Complexity(round(unseen * whole * float(objective.relative(units.double())[0])), 0)
+
+    cut = measured_cut(objective, score, objective.floor(), measured)
+    assert 0.995 * 0.5 <= measured(cut).flops / whole <= 1.002 * 0.5
 
 
 @pytest.mark.parametrize("steps", [20, 200, pytest.param(5000, marks=pytest.mark.slow)])
