@@ -198,11 +198,11 @@ def run(args: argparse.Namespace) -> None:
                 method, seed, args.data, str(args.root), args.images, args.flops, args.epochs, args.retrain,
                 args.samples, args.warmup,
             )  # fmt: skip
-            key = dataclasses.asdict(job)
+            key = {name: value for name, value in dataclasses.asdict(job).items() if name != "root"}
             if json.dumps(key, sort_keys=True) in done:
                 continue
             print(f"{method}, seed {seed} ...", flush=True)
-            command = [sys.executable, "-W", "ignore", __file__, "one", json.dumps(key)]
+            command = [sys.executable, "-W", "ignore", __file__, "one", json.dumps(dataclasses.asdict(job))]
             process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if process.returncode:
                 print(f"{method}, seed {seed} failed: see above", flush=True)
