@@ -84,7 +84,7 @@ class Changed(Scores):
         power = self.change.squared
         if power is None:
             return super().update(grad, g, step)
-        g = g.to(self.value.dtype).requires_grad_()
+        g = g.detach().to(self.value.dtype).requires_grad_()
         with torch.enable_grad():
             (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
         self.squares.add_(grad.to(self.value.dtype).square())

@@ -70,7 +70,7 @@ class Choice(nn.Module, abc.ABC):
         if g is None:
             return [1.0] * len(self.units)
         assert isinstance(factor, ChannelFactor)
-        return list(g.unbind()) if factor.gates[0].state is GateState.SOFT else g.tolist()
+        return list(g.unbind()) if factor.gates[0].state is GateState.SOFT else g.double().tolist()
 
     def _sum(self, terms: Sequence[tuple[Weight, Callable[[Weight], Any]]]) -> Tensor:
         """The sum of what the open terms return, each called with its weight."""

@@ -74,6 +74,39 @@ def _lies_in(path: str, part: str) -> bool:
     return f"{path}.".startswith(f"{part}.")
 
 
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """``x[..., index]``; six times faster than ``index_select`` on a CPU."""
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+
+class WeightedSums:
+    """A sparse matrix that is multiplied by ``[..., columns]``: ``[..., rows]``, the same on every device.
+
+    Args:
+        entries: by row and column.
+        rows: how many there are.
+    """
+
+    def __init__(self, entries: Mapping[tuple[int, int], float], rows: int) -> None:
+        row, column = (np.array(part, dtype=np.int64) for part in zip(*entries))
+        order = np.argsort(row, kind="stable")
+        self.column = torch.from_numpy(column[order])
+        self.weight = torch.tensor(list(entries.values()), dtype=torch.float64)[torch.from_numpy(order)]
+        self.last = torch.from_numpy(np.bincount(row, minlength=rows)).cumsum(0)  # of each row, in sums that start at 0
+        self.first = F.pad(self.last[:-1], (1, 0))
+
+    def to(self, device: torch.device | str) -> WeightedSums:
+        """Move, in place."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # a cumulative sum and its differences: unlike index_add, one kernel for any number of leading dimensions
+        sums = F.pad((self.weight.to(x.dtype) * _take(x, self.column)).cumsum(-1), (1, 0))
+        return _take(sums, self.last) - _take(sums, self.first)
+
+
 class CostModel:
     """FLOPs, parameters and latency of the network as differentiable functions of all gates.
 
@@ -97,35 +130,33 @@ class CostModel:
         self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()), whole)
 
         row_of: dict[VertexKey, int] = {}  # row 0 is the constant 1
-        counts: dict[tuple[int, int], int] = defaultdict(int)  # (row, unit) -> channels
         channels = [1]
+        pieces: dict[tuple[int, bytes, bytes], int] = {}  # what tensors have of a group: most of them, all of it
+        means: dict[tuple[int, int], float] = {}  # (piece, unit) -> share
+        shares: dict[tuple[int, int], float] = defaultdict(float)  # (row, piece) -> share
         offset = 0
         for group in self.active:
             for member in group.members:
                 if member.side == "size":
                     continue
                 if group.choice:
-                    for unit in range(member.width):
-                        row_of[member.path, "choice", unit] = len(row_of) + 1
-                        channels.append(1)
-                        counts[len(row_of), offset + unit] = 1
-                    continue
-                key = (member.path, member.side, member.dim)
-                if key not in row_of:
-                    row_of[key] = len(row_of) + 1
-                    channels.append(member.width)
-                units, number = np.unique(member.units.numpy(), return_counts=True)
-                for unit, n in zip(units, number):
-                    counts[row_of[key], offset + int(unit)] += int(n)
+                    keys: list[VertexKey] = [(member.path, "choice", unit) for unit in range(member.width)]
+                    has = [torch.tensor([unit]) for unit in range(member.width)]
+                else:
+                    keys, has = [(member.path, member.side, member.dim)], [member.units]
+                for key, units in zip(keys, has):
+                    if key not in row_of:
+                        row_of[key] = len(row_of) + 1
+                        channels.append(1 if group.choice else member.width)
+                    unit, count = np.unique(units.numpy(), return_counts=True)
+                    share = count / count.sum()
+                    piece = pieces.setdefault((offset, unit.tobytes(), share.tobytes()), len(pieces))
+                    means.update({(piece, offset + int(u)): float(s) for u, s in zip(unit, share)})
+                    shares[row_of[key], piece] += len(units) / channels[row_of[key]]
             offset += group.channels
-        rows, units = (np.array(part, dtype=np.int64) for part in zip(*counts))
-        weight = np.array(list(counts.values()), dtype=np.float64) / np.array(channels)[rows]
-        order = np.argsort(rows, kind="stable")
-        self.units, self.weight = torch.from_numpy(units[order]), torch.from_numpy(weight[order])
-        entries = torch.from_numpy(np.bincount(rows, minlength=len(channels)))
-        self.last = entries.cumsum(0)  # of each row, in a cumulative sum that starts with 0
-        self.first = self.last - entries
-        self.base = 1 - torch.from_numpy(np.bincount(rows, weight, minlength=len(channels)))
+        self.means = WeightedSums(means, len(pieces))
+        self.shares = WeightedSums(shares, len(channels))
+        self.base = 1 - self.shares(torch.ones(len(pieces), dtype=torch.float64))
 
         # place, flops, params, latency, row a, row b
         terms: list[tuple[str, float, float, float, int, int]] = []
@@ -181,18 +212,15 @@ class CostModel:
     def to(self, device: torch.device | str) -> CostModel:
         """Move the tables, in place: gates on a GPU are priced there, without a transfer per call."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, WeightedSums)):
                 setattr(self, name, value.to(device))
         return self
 
     def _fractions(self, g: Tensor) -> Tensor:
-        # a cumulative sum and its differences: unlike index_add, one kernel for any number of leading dimensions
-        share = self.weight.to(g.dtype) * g.index_select(-1, self.units)
-        sums = F.pad(share.cumsum(-1), (1, 0))
-        f = self.base.to(g.dtype) + sums.index_select(-1, self.last) - sums.index_select(-1, self.first)
-        share = f.index_select(-1, self.a) * f.index_select(-1, self.b)
+        f = self.base.to(g.dtype) + self.shares(self.means(g))
+        share = _take(f, self.a) * _take(f, self.b)
         for rows in self.around:
-            share = share * f.index_select(-1, rows)
+            share = share * _take(f, rows)
         return share
 
     def flops(self, g: Tensor) -> Tensor:

@@ -33,21 +33,16 @@ class ScaledSigmoidGate(nn.Module):
         delta: 0-d buffer. A tensor, so that a compiled model is not compiled again as it grows.
         mask: bool buffer ``[channels]``, used in the hard state.
         state: a :class:`GateState`.
-        value: in the soft state, ``g`` itself where a search keeps it, as a leaf: the search reads dL/dg from its
-            gradient. Saturated gates then have a gradient too, so that a closed one can reopen, and the many places
-            where one gate acts do not each compute the same sigmoid.
     """
 
     delta: Tensor
     mask: Tensor
-    value: Tensor | None
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.s = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.register_buffer("delta", torch.ones(()))
         self.register_buffer("mask", torch.ones(channels, dtype=torch.bool))
-        self.value = None
         self.state = GateState.TRANSPARENT
 
     def forward(self) -> Tensor:
@@ -56,8 +51,6 @@ class ScaledSigmoidGate(nn.Module):
             return torch.ones_like(self.s)
         if self.state is GateState.HARD:
             return self.mask.to(self.s.dtype)
-        if self.value is not None:
-            return self.value
         return torch.sigmoid(self.delta * self.s)
 
     def harden(self, keep: Tensor) -> None:
@@ -78,9 +71,15 @@ class ChannelFactor(nn.Module):
     Args:
         gates: the gates concerned.
         index: int64 ``[C]``; channel ``c`` takes entry ``index[c]`` of ``cat(g of each gate, 1)``.
+
+    Attributes:
+        value: the factor itself, ``[C]``, while a search under a budget keeps it, as a leaf: the search computes all
+            factors in one pass and reads dL/dg from the gradients. Saturated gates then have a gradient too, so that a
+            closed one can reopen.
     """
 
     index: Tensor
+    value: Tensor | None
 
     def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor) -> None:
         super().__init__()
@@ -88,15 +87,19 @@ class ChannelFactor(nn.Module):
         units = sum(gate.s.numel() for gate in self.gates)
         self._identity = len(self.gates) == 1 and torch.equal(index.cpu(), torch.arange(units))
         self.register_buffer("index", index, persistent=False)
+        self.value = None
 
     def factor(self) -> Tensor | None:
-        """``[C]``, or None while every gate is transparent."""
-        if all(gate.state is GateState.TRANSPARENT for gate in self.gates):
+        """``[C]``; bool where every gate is hard, None while every gate is transparent."""
+        if self.value is not None:
+            return self.value
+        states = {gate.state for gate in self.gates}
+        if states == {GateState.TRANSPARENT}:
             return None
+        of_gates = [gate.mask if states == {GateState.HARD} else gate() for gate in self.gates]
         if self._identity:
-            return self.gates[0]()
-        one = self.gates[0].s.new_ones(1)
-        return torch.cat([*(gate() for gate in self.gates), one]).index_select(0, self.index)
+            return of_gates[0]
+        return torch.cat([*of_gates, of_gates[0].new_ones(1)]).index_select(0, self.index)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChannelFactor:
         # `model.to(device)` and `.double()` reach the gates through here
@@ -111,7 +114,9 @@ class AffineGate(ChannelFactor):
 
     def forward(self, affine: Tensor) -> Tensor:
         factor = self.factor()
-        return affine if factor is None else affine * factor.to(affine.dtype)
+        if factor is None:
+            return affine
+        return affine * (factor if factor.dtype == torch.bool else factor.to(affine.dtype))
 
 
 class InputGate(ChannelFactor):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .budget import Objective, best_of_group, first_ranks, price
 from .cut import exact_cut
 from .errors import DNALError
-from .gate import GateState, ScaledSigmoidGate
+from .gate import ChannelFactor, GateState, ScaledSigmoidGate
 from .graph import Conv
 from .groups import ChannelGroup
 from .schedule import delta_paper, delta_per_step, ramp
@@ -107,7 +110,7 @@ class Scores:
     @torch.no_grad()
     def update(self, grad: Tensor, g: Tensor, step: int | Tensor) -> None:
         """One architecture step from dL/dg at the gates ``g``, both ``[units]``; ``step`` as in :meth:`gates`."""
-        g = g.to(self.value.dtype).requires_grad_()
+        g = g.detach().to(self.value.dtype).requires_grad_()
         with torch.enable_grad():
             (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
         # loss saved per unit of cost; that a unit costs (next to) nothing must not drown all others
@@ -126,6 +129,8 @@ class Scores:
     def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
         delta, settled, aims = (_entry(table, step) for table in (self.delta, self.settled, self.aims))
+        if not isinstance(step, Tensor) and step >= self.moving:
+            return self.structure, delta
         held, allowed = best_of_group(self.value, self.objective.group_of, self.ranks)
         if len(self.choices):
             free = price(self.objective, self.value, delta, held, allowed, aims)
@@ -228,8 +233,9 @@ class Search:
             gate.state = GateState.SOFT
             if self.scores is None:
                 gate.s.requires_grad_(True)
-            else:
-                gate.value = torch.ones_like(gate.s).requires_grad_()
+        self.leaves: list[Tensor] = [gate.s for gate in self.gates]
+        if self.scores is not None:
+            self.leaves = self._attach_leaves()
         self._set_gates()
         self._freeze()
         for device, state in self._random.items():
@@ -245,11 +251,29 @@ class Search:
             parameter.grad = grad
         for gate in self.gates:
             gate.s.requires_grad_(False)
-            gate.s.grad = gate.value = None
+            gate.s.grad = None
             if error is not None:
                 gate.state = GateState.TRANSPARENT
+        for factor in self._factors():
+            factor.value = None
         if isinstance(error, DNALError):
             self.restore()
+
+    def _factors(self) -> list[ChannelFactor]:
+        return [module for module in self.model.modules() if isinstance(module, ChannelFactor)]
+
+    def _attach_leaves(self) -> list[Tensor]:
+        """Give every factor in the model a leaf of its own; those that are the same share one."""
+        first = dict(zip(self.gates, itertools.accumulate([gate.s.numel() for gate in self.gates], initial=0)))
+        end = len(self.score)  # the entry of channels without a gate
+        leaves: dict[bytes, Tensor] = {}
+        for factor in self._factors():
+            units = torch.cat([*(torch.arange(len(g.s)) + first[g] for g in factor.gates), torch.tensor([end])])
+            units = units[factor.index.cpu()]
+            leaf = factor.gates[0].s.new_ones(len(units)).requires_grad_()
+            factor.value = leaves.setdefault(units.numpy().tobytes(), leaf)
+        self.unit_of = torch.from_numpy(np.frombuffer(b"".join(leaves), dtype=np.int64).copy()).to(self.score.device)
+        return list(leaves.values())
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         # the gates' indices are not persistent: not in the state dict
@@ -318,8 +342,8 @@ class Search:
     def advance(self) -> None:
         """Count a step, and prepare the gates of the next one."""
         self.done += 1
-        for gate in self.gates:  # not in update: a closure may run several times in a step
-            (gate.s if gate.value is None else gate.value).grad = None
+        for leaf in self.leaves:  # not in update: a closure may run several times in a step
+            leaf.grad = None
         if self.scores is not None and self.done == self.scores.moving:
             self.scores.settle()
         if self.done < self.steps:
@@ -328,15 +352,14 @@ class Search:
             self._freeze()
         self.bar.update()
         if self._reports(self.done):
-            g = torch.cat([gate().detach() for gate in self.gates]).double()
-            cost = float(self.objective.relative(g).mean()) if self.objective is not None else float(g.mean())
+            cost = float(self.objective.relative(self.g).mean() if self.objective is not None else self.g.mean())
             self.history.append(
                 {
                     "step": self.done,
                     "delta": float(self.gates[0].delta),
                     "cost": cost,
                     "loss": None if self._loss is None else float(self._loss),
-                    "gates": torch.histc(g, BINS, 0, 1).long().tolist(),
+                    "gates": torch.histc(self.g, BINS, 0, 1).long().tolist(),
                 }
             )
             self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
@@ -353,14 +376,14 @@ class Search:
     @torch.no_grad()
     def update(self) -> None:
         """One step of the gates, from the gradients that the backward pass left."""
-        leaves = [gate.s if gate.value is None else gate.value for gate in self.gates]
-        grad = torch.cat([t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]).double()
+        grad = torch.cat([t.grad if t.grad is not None else torch.zeros_like(t) for t in self.leaves]).double()
         grad.nan_to_num_(0.0, 0.0, 0.0)  # a GradScaler skips the steps that overflow, whose gradients stay here
         if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=self.paper_lr)
         else:
-            self.scores.update(grad, torch.cat(leaves), self.done)
+            of_units = grad.new_zeros(len(self.score) + 1).index_add_(0, self.unit_of, grad)
+            self.scores.update(of_units[:-1], self.g, self.done)
 
     @torch.no_grad()
     def _set_gates(self) -> None:
@@ -373,9 +396,10 @@ class Search:
         # one kernel for all gates
         torch._foreach_copy_([gate.s for gate in self.gates], s.to(self.gates[0].s.dtype).split(sizes))
         torch._foreach_copy_([gate.delta for gate in self.gates], [delta.to(self.gates[0].delta.dtype)] * len(sizes))
+        self.g = torch.sigmoid(delta * s)
         if self.scores is not None:
-            values = [gate.value for gate in self.gates if gate.value is not None]
-            torch._foreach_copy_(values, torch.sigmoid(delta * s).to(values[0].dtype).split(sizes))
+            values = F.pad(self.g, (0, 1), value=1.0).to(self.leaves[0].dtype).index_select(0, self.unit_of)
+            torch._foreach_copy_(self.leaves, values.split([len(leaf) for leaf in self.leaves]))
 
     @torch.no_grad()
     def decided(self) -> float:

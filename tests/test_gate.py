@@ -29,15 +29,6 @@ def test_value_and_derivative_follow_the_closed_form(s: float, delta: float) -> 
     assert float(gate.s.grad) == pytest.approx(delta * expected * (1 - expected), rel=1e-9, abs=1e-15)
 
 
-def test_a_search_reads_the_gradient_of_the_value_itself() -> None:
-    plain, held = soft([-2.0, 0.1, 5.0], 50.0), soft([-2.0, 0.1, 5.0], 50.0)
-    held.value = plain().detach().requires_grad_()
-    assert torch.equal(plain(), held())
-    (held() * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).sum().backward()
-    assert held.value.grad is not None and held.s.grad is None
-    assert held.value.grad.tolist() == [1.0, 2.0, 3.0]
-
-
 def test_states() -> None:
     gate = ScaledSigmoidGate(3)
     assert gate().tolist() == [1, 1, 1]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner
-from dnal_nni.budget import Objective, best_of_group, gates, price
+from dnal_nni.budget import Objective, best_of_group, price
 from dnal_nni.cut import exact_cut
+from dnal_nni.gate import ChannelFactor
 from dnal_nni.search import SETTLED, Scores
 
 
@@ -30,11 +31,12 @@ def test_the_price_meets_the_aim(small: nn.Module, x: Tensor) -> None:
     @given(seed=st.integers(0, 10_000), delta=st.floats(1, 1e4), aim=st.floats(0.4, 0.95))
     def meets(seed: int, delta: float, aim: float) -> None:
         score = torch.randn(sum(objective.sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        held = torch.zeros_like(score, dtype=torch.bool)
-        allowed = ~held
+        held, closed = torch.zeros_like(score, dtype=torch.bool), torch.zeros_like(score, dtype=torch.bool)
+        held[:2], closed[-2:] = True, True
         at = torch.tensor(delta, dtype=torch.float64)
-        found = price(objective, score, at, held, allowed, torch.tensor([aim], dtype=torch.float64))
-        assert float(objective.relative(gates(score - found, at, held, allowed))[0]) == pytest.approx(aim, abs=2e-3)
+        found = price(objective, score, at, held, ~closed, torch.tensor([aim], dtype=torch.float64))
+        g = torch.sigmoid(at * (score - found)).masked_fill(held, 1.0).masked_fill(closed, 0.0)
+        assert float(objective.relative(g)[0]) == pytest.approx(aim, abs=1e-3)
 
     meets()
 
@@ -66,6 +68,43 @@ def test_arch_lr_is_how_fast_gates_learn(small: nn.Module, x: Tensor, batches: l
             DNALPruner(small, CONV, dummy_input=x, arch_lr=wrong)
 
 
+def test_a_search_reads_the_gradient_of_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd has it through ``sigmoid(delta * s)`` of every gate, where tensors are concatenated too."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 5, 3)
+            self.bn, self.last, self.fc = nn.BatchNorm2d(11), nn.Conv2d(11, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.bn(torch.cat([self.a(x), self.b(x)], 1)))
+            return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Dense().double(), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    pruner = DNALPruner(model, CONV, dummy_input=x, budget=Budget(flops=0.5))
+    seen = []
+    monkeypatch.setattr(Scores, "update", lambda self, grad, g, step: seen.append((grad, g)))
+    with pruner.search(20, progress=False) as search:
+        model(x).square().sum().backward()
+        search.update()
+        for module in model.modules():
+            if isinstance(module, ChannelFactor):
+                assert module.value is not None
+                module.value = None
+        gates = list(pruner.gates.values())
+        for gate in gates:
+            gate.s.requires_grad_(True)
+        of_s = torch.autograd.grad(model(x).square().sum(), [gate.s for gate in gates])
+    g = torch.cat([gate().detach() for gate in gates])
+    grad, at = seen[0]
+    assert len(gates) == 3 and torch.allclose(at.float(), g, rtol=1e-6)
+    slope = torch.cat([(gate.delta * gate() * (1 - gate())).detach() for gate in gates])
+    assert torch.allclose((grad * slope).float(), torch.cat(of_s), rtol=1e-5)
+    assert not any(isinstance(m, ChannelFactor) and m.value is not None for m in model.modules())
+
+
 def test_skipped_steps_and_repeated_closures(small: nn.Module, x: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
     """What a GradScaler and LBFGS do: a backward pass without a step, and several of them in one step."""
     pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
@@ -82,7 +121,7 @@ def test_skipped_steps_and_repeated_closures(small: nn.Module, x: Tensor, batche
             backward()
             backward()
             search.after_optimizer_step()
-            assert all(gate.value is not None and gate.value.grad is None for gate in pruner.gates.values())
+            assert all(leaf.grad is None for leaf in search.leaves)
         assert search.done == 2 and bool(search.score.isfinite().all()) and int(search.bad_step) == -1
 
 
