@@ -38,7 +38,7 @@ def check_model(model: nn.Module) -> None:
     if next(model.parameters(), None) is None:
         raise DNALError("the model has no parameters: there is nothing to prune")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module, and wrap it afterwards")
+        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module; train with the wrapper")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise DNALError(f"{name} is on the meta device and has no values: model.to_empty(device=...), load weights")

@@ -25,10 +25,11 @@ from .cut import exact_cut, measured_cut
 from .errors import DNALError
 from .evaluators import check_evaluator, example_input, patch_steps, ready
 from .gate import GateState, ScaledSigmoidGate
-from .groups import ChannelGroup, groups_of
+from .groups import ChannelGroup, Site, groups_of
 from .inject import attach, check_model, detach, is_gated
 from .latency import latencies
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
+from .ranks import check_same, from_first, is_first, ranks
 from .report import GroupReport, Report, versions
 from .resume import load_state, save_state
 from .search import PAPER_THRESHOLD, Search, importance
@@ -41,6 +42,8 @@ _logger = logging.getLogger(__name__)
 
 class DNALPruner(Pruner):
     """Learns which channels a trained network needs, and removes the others.
+
+    In several processes (``torch.distributed``), every one makes the same calls; all go by what rank 0 finds.
 
     Args:
         model: the trained network; gates are attached to it in place, its parameters stay the same objects.
@@ -183,20 +186,22 @@ class DNALPruner(Pruner):
         with self._without_wrappers() as model:
             groups = groups_of(model, self._dummy_input)
             settings = selection.select(groups, self._selected, model)
-            verify_and_freeze(model, groups, self._dummy_input, self.verify_seconds)
+            self._verify(model, groups)
             active = [g for g in groups if g.frozen is None]
             if not active:
                 reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
                 reasons = reasons or "it has no convolution or linear layer"
                 raise DNALError(f"nothing in the model can be pruned ({reasons})")
             timed = self.budget is not None and self.budget.latency is not None
-            self._cost = CostModel(model, groups, self._dummy_input, timed)
+            self._cost = CostModel(model, groups, self._dummy_input, timed and is_first())
+            if timed:
+                self._cost.load_latency_state(from_first(self._cost.latency_state))
             self._settings = [settings[g.name] for g in active]
             self._limits = selection.limits(self._settings, active, self.channel_multiple)
             self._objective = self._make_objective(self._limits)
             self._groups = groups
             if timed:
-                self._calibrate(model, active)
+                self._cost.load_latency_state(from_first(lambda: self._calibrate(model, active)))
         device = next(model.parameters()).device
         for group in active:
             self._gates[group.name] = ScaledSigmoidGate(group.channels).to(device)
@@ -205,11 +210,29 @@ class DNALPruner(Pruner):
             attach(model, groups, self._gates)
         self._seconds["build"] = time.perf_counter() - start
 
-    def _calibrate(self, model: nn.Module, active: list[ChannelGroup]) -> None:
+    def _verify(self, model: nn.Module, groups: list[ChannelGroup]) -> None:
+        """Freeze what cannot be cut exactly; all ranks go by what rank 0 finds."""
+        if ranks() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise DNALError(
+                "the model has SyncBatchNorm layers, which wait for each other wherever the model runs: convert the "
+                "cut network instead (nn.SyncBatchNorm.convert_sync_batchnorm(slim))"
+            )
+        found = [(group.name, group.channels, group.frozen) for group in groups]
+        check_same("the model's channel groups", found, "make the same model on every rank")
+
+        def compare() -> list[tuple[Site, str | None]]:
+            verify_and_freeze(model, groups, self._dummy_input, self.verify_seconds)
+            return [(group.site, group.frozen) for group in groups]
+
+        for group, (site, frozen) in zip(groups, from_first(compare)):
+            group.site, group.frozen = site, frozen
+
+    def _calibrate(self, model: nn.Module, active: list[ChannelGroup]) -> dict[str, Any]:
         """Hold the latency that the layers add up to against that of a network cut to the budget."""
         assert self._objective is not None
         units = exact_cut(self._objective, importance(model, active), self._objective.floor())
         self._cost.calibrate(units.double(), self._latency(self._slim(units)))
+        return self._cost.latency_state()
 
     def _latency(self, slim: nn.Module) -> float:
         """Milliseconds of a cut network, where the uncut one takes what it took when it was measured first."""
@@ -424,7 +447,7 @@ class DNALPruner(Pruner):
             if self._search is None or self._search.done == 0:
                 raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")
             with self._without_wrappers():
-                chosen = self._learned()
+                chosen = from_first(self._learned)
         else:
             least = {group.name: group.least for group in self._active}
             for name, mask in keep.items():
@@ -501,7 +524,7 @@ class DNALPruner(Pruner):
         start = time.perf_counter()
         with self._without_wrappers() as model:
             slim = slim_copy(model, self._groups, self._keep)
-            max_abs_diff, relative_diff = check_equal(model, slim, self._dummy_input)
+            max_abs_diff, relative_diff = from_first(lambda: check_equal(model, slim, self._dummy_input))
         self._seconds["cut"] = time.perf_counter() - start
         self._report = self._make_report(slim, max_abs_diff, relative_diff)
         return slim
@@ -535,7 +558,7 @@ class DNALPruner(Pruner):
                 kept = 0  # in a candidate that is gone
             groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
         searched = self._search is not None and self._search.done > 0
-        before, after = self._cost.dense, self._measured(slim)
+        before, after = self._cost.dense, from_first(lambda: self._measured(slim))
         return Report(
             before=before,
             after=after,
@@ -624,12 +647,14 @@ class DNALPruner(Pruner):
         """Write all that a search under way needs to go on: model, gates, torch's random state and the optimizer's.
 
         The file appears whole or not at all, in place of the one before: call this as often as you like. It is
-        safetensors, and holds no pickle.
+        safetensors, and holds no pickle. Of several processes, rank 0 writes it.
 
         Args:
             path: usually ``*.safetensors``.
             optimizer: the one that the search was given.
         """
+        if not is_first():
+            return
         state = {"model": self.bound_model.state_dict(), "pruner": self.state_dict()}
         save_state(path, state | {"optimizer": None if optimizer is None else optimizer.state_dict()})
 
@@ -638,7 +663,8 @@ class DNALPruner(Pruner):
 
         ``search.done`` says how many steps it has made: give it the batches from there on, and it ends as it would have
         without the interruption, bit for bit on the same machine. Torch's random state is put back as the search is
-        entered; random numbers of other sources (``random``, numpy, data loading) are yours to repeat.
+        entered; random numbers of other sources (``random``, numpy, data loading) are yours to repeat. Of several
+        processes, all load the file, and all get rank 0's random state.
 
         Raises:
             DNALError: the file is damaged, or of another model, budget or optimizer; nothing has then changed.

@@ -20,6 +20,7 @@ from .errors import DNALError
 from .gate import ChannelFactor, GateState, ScaledSigmoidGate
 from .graph import Conv
 from .groups import ChannelGroup
+from .ranks import check_same, checksum, copy_first_, is_first, mean_, ranks
 from .schedule import delta_paper, delta_per_step, ramp
 
 PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
@@ -146,6 +147,7 @@ class Scores:
         objective = copy.deepcopy(self.objective)  # a CUDA graph holds the tables of this one
         keep = exact_cut(objective, self.value, self.floor)
         self.structure.copy_(keep.double() * 2 - 1)
+        copy_first_(self.structure)
 
 
 def _normalised(worth: Tensor, scale: Tensor) -> Tensor:
@@ -224,11 +226,17 @@ class Search:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Search:
+        if ranks() > 1:
+            settings = (self.steps, self.done, self.weights_learn, self.lambda_, checksum(self.model))
+            remedy = "load the same weights on every rank, and search with the same arguments"
+            check_same("steps, steps done, whether weights learn, lambda and the weights' checksum", settings, remedy)
+            copy_first_(self.score, self.momentum, self.scale)
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:
             self.saved = {ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
-        self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=not self.progress)
+        hidden = not self.progress or not is_first()
+        self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=hidden)
         for gate in self.gates:
             gate.state = GateState.SOFT
             if self.scores is None:
@@ -256,6 +264,8 @@ class Search:
                 gate.state = GateState.TRANSPARENT
         for factor in self._factors():
             factor.value = None
+        if error is None:
+            copy_first_(*self.model.buffers())  # norm statistics are each rank's own
         if isinstance(error, DNALError):
             self.restore()
 
@@ -313,7 +323,7 @@ class Search:
 
         On a GPU, looking at the loss would wait for the device: there it is looked at with every entry of the history.
         """
-        self._loss = loss.detach()
+        self._loss = mean_(loss.detach().double().clone())
         wrong = ~torch.isfinite(self._loss).all() & (self.bad_step < 0)
         self.bad_step.masked_fill_(wrong.to(self.bad_step.device), self.done)
         if (not loss.is_cuda or self._reports(self.done + 1)) and int(self.bad_step) >= 0:
@@ -378,6 +388,7 @@ class Search:
         """One step of the gates, from the gradients that the backward pass left."""
         grad = torch.cat([t.grad if t.grad is not None else torch.zeros_like(t) for t in self.leaves]).double()
         grad.nan_to_num_(0.0, 0.0, 0.0)  # a GradScaler skips the steps that overflow, whose gradients stay here
+        mean_(grad)
         if self.scores is None:
             self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
             self.score.sub_(self.momentum, alpha=self.paper_lr)

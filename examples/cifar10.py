@@ -6,6 +6,8 @@ DIR holds train/ and test/, each with one folder of 32x32 images per class, or t
 Every epoch ends in a checkpoint under --out; the same command run again goes on where it stopped, and ends with the
 same network. A stage that is complete is not redone. The result is OUT/report.json, the network OUT/slim.safetensors.
 ResNet-20 takes about a minute an epoch on two CPU cores; give --threads 1 where others share them.
+
+    torchrun --nproc_per_node=2 examples/cifar10.py --data DIR --out runs/r20    (the same, in two processes)
 """
 
 import argparse
@@ -18,16 +20,18 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cifar_data import Images, batches_per_epoch, load_images, normalised, training_batches
 from cifar_models import MODELS
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
@@ -69,6 +73,39 @@ def parse_args() -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts them, every one makes the same calls, rank 0 writes
+
+
+def ranks() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join(args: argparse.Namespace) -> None:
+    """Meet the other processes that torchrun has started."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def meet() -> None:
+    """Wait for the others: what rank 0 has written can be read."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def reduced(model: nn.Module) -> nn.Module:
+    """`model`, with the mean of all processes' gradients where there are several."""
+    return DistributedDataParallel(model) if ranks()[1] > 1 else model
+
+
+def epoch_batches(train: Images, stage: str, epoch: int, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of an epoch's batches."""
+    return training_batches(train, args.batch_size, epoch_seed(stage, epoch, args), *ranks())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,16 +154,19 @@ def settings_of(stage: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def log(args: argparse.Namespace, line: str) -> None:
+    if ranks()[0] > 0:
+        return
     tqdm.write(line)
     with (args.out / "log.txt").open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: `write(temporary path)`, then one atomic rename."""
-    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
-    write(temporary)
-    os.replace(temporary, path)
+    """Write a file whole or not at all: `write(temporary path)`, then one atomic rename. Rank 0 does it."""
+    if ranks()[0] == 0:
+        temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+        write(temporary)
+        os.replace(temporary, path)
 
 
 def load_checkpoint(stage: str, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -152,16 +192,17 @@ def fit(model: nn.Module, train: Images, test: Images, stage: str, args: argpars
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     per_epoch = batches_per_epoch(train, args.batch_size)
+    parallel = reduced(model)
     for epoch in range(state["epoch"], epochs):
         start = time.perf_counter()
         model.train()
-        batches = training_batches(train, args.batch_size, epoch_seed(stage, epoch, args))
-        bar = tqdm(batches, total=per_epoch, desc=f"{stage} {epoch + 1}/{epochs}", leave=False)
+        batches, hidden = epoch_batches(train, stage, epoch, args), ranks()[0] > 0
+        bar = tqdm(batches, total=per_epoch, desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=hidden)
         for step, (images, labels) in enumerate(bar, start=epoch * per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = lr * cosine(step, epochs * per_epoch)
             with autocast(args):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(parallel(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -173,6 +214,7 @@ def fit(model: nn.Module, train: Images, test: Images, stage: str, args: argpars
         state["accuracy"].append(accuracy)
         state["model"], state["optimizer"] = model.state_dict(), optimizer.state_dict()
         write_whole(args.out / f"{stage}.pt", lambda path: torch.save(state, path))
+        meet()
         log(args, f"{stage} epoch {epoch + 1}/{epochs}: loss {loss.item():.3f}, test {accuracy:.2f} %, {seconds:.1f} s")
     return state
 
@@ -210,13 +252,14 @@ def search_and_cut(train: Images, test: Images, args: argparse.Namespace) -> tup
         optimizer.load_state_dict(state["optimizer"])
         pruner.load_state_dict(state["pruner"])
     steps = args.search_epochs * batches_per_epoch(train, args.batch_size)
+    parallel = reduced(model)
     with pruner.search(steps=steps, optimizer=optimizer) as search:
         for epoch in range(state["epoch"], args.search_epochs):
             start = time.perf_counter()
             model.train()
-            for images, labels in training_batches(train, args.batch_size, epoch_seed("search", epoch, args)):
+            for images, labels in epoch_batches(train, "search", epoch, args):
                 with autocast(args):
-                    loss = F.cross_entropy(model(images), labels)
+                    loss = F.cross_entropy(parallel(images), labels)
                 search.step(loss)
             state["epoch"], state["seconds"] = epoch + 1, state["seconds"] + time.perf_counter() - start
             state["model"], state["optimizer"] = model.state_dict(), optimizer.state_dict()
@@ -226,9 +269,9 @@ def search_and_cut(train: Images, test: Images, args: argparse.Namespace) -> tup
     start = time.perf_counter()
     slim = pruner.speedup()
     with autocast(args):
-        batches = training_batches(train, args.batch_size, epoch_seed("search", args.search_epochs, args))
+        batches = epoch_batches(train, "search", args.search_epochs, args)
         update_bn(itertools.islice(batches, RECALIBRATION_BATCHES), slim)
-    save_compressed(slim, cut)
+    write_whole(cut, lambda path: save_compressed(slim, path))
     record = {
         "settings": state["settings"],
         "seconds": state["seconds"],
@@ -237,6 +280,7 @@ def search_and_cut(train: Images, test: Images, args: argparse.Namespace) -> tup
         "report": pruner.report.to_dict(),
     }
     write_whole(args.out / "search.pt", lambda path: torch.save(record, path))
+    meet()
     log(args, f"search {record['seconds']:.1f} s; right after the cut: test {record['accuracy_after_cut']:.2f} %")
     return load_compressed(build(args, train.classes), cut), record
 
@@ -314,6 +358,7 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    join(args)
     args.out.mkdir(parents=True, exist_ok=True)
     log(args, shlex.join(["python", *sys.argv]))
     train = load_images(args.data, True, args.train_subset, args.download).to(args.device)
@@ -328,8 +373,12 @@ def main() -> None:
 
         slim, search = search_and_cut(train, test, args)  # the result of the search stage, where that was run
         finetune = fit(slim, train, test, "finetune", args)
-        save_compressed(slim, args.out / "slim.safetensors")
-        write_report(slim, search, finetune, test, args)
+        write_whole(args.out / "slim.safetensors", lambda path: save_compressed(slim, path))
+        if ranks()[0] == 0:
+            write_report(slim, search, finetune, test, args)
+    meet()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

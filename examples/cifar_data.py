@@ -71,10 +71,16 @@ def batches_per_epoch(images: Images, batch_size: int) -> int:
     return max(1, len(images.labels) // batch_size)  # the incomplete last batch is dropped
 
 
-def training_batches(images: Images, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (float32 [batch, 3, 32, 32], int64 [batch]); the order and the crops depend on `seed` alone."""
+def training_batches(
+    images: Images, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of (float32 [batch, 3, 32, 32], int64 [batch]); the order and the crops depend on `seed` alone.
+
+    Of several processes, each gets its share of every batch.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images.labels), generator=generator)
     for step in range(batches_per_epoch(images, batch_size)):
         chosen = order[step * batch_size : (step + 1) * batch_size].to(images.labels.device)
-        yield normalised(augmented(images.pixels[chosen], generator)), images.labels[chosen]
+        pixels = augmented(images.pixels[chosen], generator)
+        yield normalised(pixels[rank::ranks]), images.labels[chosen][rank::ranks]
