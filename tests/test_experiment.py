@@ -195,3 +195,22 @@ def test_front(points: list[Point]) -> None:
         return any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
 
     assert front(points) == sorted({p for p in points if not beaten(p)})
+
+
+@pytest.mark.parametrize("name", ["remote", "kubernetes"])
+def test_nni_takes_the_configurations_for_other_machines(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are `config.yml` on another training service."""
+    from nni.experiment.config import ExperimentConfig
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id_ed25519").touch()  # NNI looks for the key
+    found = ExperimentConfig.load(EXAMPLE / f"{name}.yml").json()
+    local = ExperimentConfig.load(EXAMPLE / "config.yml").json()
+    for key in ("searchSpace", "trialConcurrency", "maxTrialNumber", "trialCodeDirectory"):
+        assert found[key] == local[key]
+    service = found["trainingService"]
+    assert service["platform"] == {"remote": "remote", "kubernetes": "frameworkcontroller"}[name]
+    assert local["trialCommand"] in (found.get("trialCommand"), service.get("taskRoles", [{}])[0].get("command"))

@@ -1,0 +1,152 @@
+"""How the work around a search grows with the number of layers and of channels, and what slicing takes of memory.
+
+    python benchmarks/growth.py --out benchmarks/results/growth.json
+
+Depth: ResNets of 20 to 1,202 layers (6n + 2, a quarter of the usual width); width: ResNet-20 at one to eight times its
+channels. Batch 2 of 32 x 32 pixels, float32. Seconds of each part of the work (the fastest of three, of one from 434
+layers on), and what a search step does beyond forward and backward (the median of ten). Next to the file, a plot. Some
+ten minutes on two CPU cores; measured networks are not measured again.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from tqdm.auto import tqdm
+from zoo import commit
+
+from dnal_nni import Budget, DNALPruner
+from dnal_nni.cost import CostModel
+from dnal_nni.groups import find_groups
+from dnal_nni.slim import slim_copy
+from dnal_nni.verify import check_equal, random_keep, verify_and_freeze
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from cifar_models import ResNet
+from speed import peak_bytes
+
+BLOCKS = (3, 9, 18, 36, 72, 200)  # a stage
+WIDTHS = (1, 2, 4, 8)
+PARTS = ("groups", "verify", "cost model", "slice", "check", "search step")
+STORED = {"resnet50": 224, "vgg16_bn": 224, "densenet121": 224}  # whose slicing is weighed, at so many pixels
+
+
+def fastest(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Seconds, and what the last run returned."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
+
+
+def parts(model: nn.Module, repeats: int) -> dict[str, float]:
+    """Seconds of every part of the work on one network."""
+    x = torch.randn(2, 3, 32, 32)
+    found: dict[str, float] = {}
+    found["groups"], groups = fastest(lambda: find_groups(model, x), repeats)
+    found["verify"], _ = fastest(lambda: verify_and_freeze(model, groups, x, seconds=600), repeats)
+    assert all(group.frozen is None for group in groups)
+    found["cost model"], _ = fastest(lambda: CostModel(model, groups, x), repeats)
+    keep = random_keep(groups, 0.5, 0)
+    found["slice"], _ = fastest(lambda: slim_copy(model, groups, keep), repeats)
+    pruner = DNALPruner(model, [{"op_types": ["Conv2d"]}], dummy_input=x, budget=Budget(flops=0.5), verify_seconds=600)
+    with pruner.search(1_000_000, progress=False) as search:
+        model(x).sum().backward()
+
+        def step() -> None:
+            search.update()
+            search.advance()
+
+        found["search step"] = statistics.median(fastest(step, 1)[0] for _ in range(10))
+    pruner.harden(keep)
+    slim = slim_copy(model, groups, keep)
+    found["check"], _ = fastest(lambda: check_equal(model, slim, x), repeats)
+    return found | {"units": sum(group.channels for group in groups), "gates": len(groups)}
+
+
+def memory(name: str, pixels: int) -> dict[str, float]:
+    """Peak of slicing beyond what the process held, relative to the model's size; the new network is part of it."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None)
+    size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    groups = find_groups(model, torch.randn(1, 3, pixels, pixels))
+    keep = random_keep(groups, 0.5, 0)
+    gc.collect()
+    held: list[nn.Module] = []
+    peak = peak_bytes(lambda: held.append(slim_copy(model, groups, keep)), "cpu")
+    left = sum(t.nbytes for t in (*held[0].parameters(), *held[0].buffers()))
+    return {"model_bytes": size, "slim_bytes": left, "peak_to_model": None if peak is None else round(peak / size, 3)}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("depth", "width"), ("layers", "times the channels")):
+        sizes = [int(size) for size in result[key]]
+        for part in PARTS:
+            seconds = [row[part] for row in result[key].values()]
+            axes.loglog(sizes, seconds, marker="o", label=part)
+        first = min(row["groups"] for row in result[key].values())
+        axes.loglog(sizes, [first * size / sizes[0] for size in sizes], "k--", linewidth=0.8, label="linear")
+        axes.set(xlabel=label, ylabel="seconds")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def to_linear(result: dict[str, Any]) -> dict[str, float]:
+    """Of every part, the time of the deepest network by that of 110 layers, to the number of layers."""
+    deepest = max(result["depth"], key=int)
+    small, large = result["depth"]["110"], result["depth"][deepest]
+    return {part: round(large[part] / small[part] * 110 / int(deepest), 2) for part in PARTS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"depth": {}, "width": {}, "memory": {}}
+    if args.out.exists():
+        result = json.loads(args.out.read_text())
+    jobs: list[tuple[str, str, Callable[[], Any]]] = []
+    for blocks in BLOCKS:
+        repeats = 3 if blocks < 72 else 1
+        jobs.append(("depth", str(6 * blocks + 2), lambda n=blocks, r=repeats: parts(ResNet(n, 10, 0.25), r)))
+    for width in WIDTHS:
+        jobs.append(("width", str(width), lambda w=width: parts(ResNet(3, 10, w), 3)))
+    for name, pixels in STORED.items():
+        jobs.append(("memory", name, lambda n=name, p=pixels: memory(n, p)))
+    for key, size, job in tqdm(jobs, desc="networks"):
+        if size in result[key]:
+            continue
+        torch.manual_seed(0)
+        result[key][size] = job()
+        result |= {
+            "command": "python benchmarks/growth.py",
+            "commit": commit(),
+            "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "versions": {"python": platform.python_version(), "torch": version("torch")},
+        }
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    result["to_linear"] = to_linear(result)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, args.out.with_suffix(".png"))
+    print(json.dumps({"to_linear": result["to_linear"], "memory": result["memory"]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
