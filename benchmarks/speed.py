@@ -68,8 +68,8 @@ class Batch:
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        if self.network in MODELS:
-            return MODELS[self.network](10, 1.0).to(self.device)
+        if self.network == "resnet56":
+            return MODELS["resnet56"](10, 1.0).to(self.device)
         model: nn.Module = torchvision.models.get_model(self.network, weights=None, num_classes=10)
         return model.to(self.device)
 
