@@ -31,18 +31,18 @@ class ScaledSigmoidGate(nn.Module):
     Attributes:
         s: parameter ``[channels]``, float32, trainable only inside a search.
         delta: 0-d buffer. A tensor, so that a compiled model is not compiled again as it grows.
-        mask: bool buffer ``[channels]``, used in the hard state.
+        hard: buffer ``[channels]`` of zeros and ones in the dtype of ``s``: ``g`` in the hard state.
         state: a :class:`GateState`.
     """
 
     delta: Tensor
-    mask: Tensor
+    hard: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.s = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.register_buffer("delta", torch.ones(()))
-        self.register_buffer("mask", torch.ones(channels, dtype=torch.bool))
+        self.register_buffer("hard", torch.ones(channels))
         self.state = GateState.TRANSPARENT
 
     def forward(self) -> Tensor:
@@ -50,12 +50,17 @@ class ScaledSigmoidGate(nn.Module):
         if self.state is GateState.TRANSPARENT:
             return torch.ones_like(self.s)
         if self.state is GateState.HARD:
-            return self.mask.to(self.s.dtype)
+            return self.hard
         return torch.sigmoid(self.delta * self.s)
+
+    @property
+    def mask(self) -> Tensor:
+        """What is open in the hard state: bool ``[channels]``."""
+        return self.hard > 0.5
 
     def harden(self, keep: Tensor) -> None:
         """Fix the gate to 1 where ``keep`` (bool ``[channels]``) is true and to 0 elsewhere."""
-        self.mask.copy_(keep)
+        self.hard.copy_(keep)
         self.state = GateState.HARD
 
     def extra_repr(self) -> str:
@@ -90,16 +95,15 @@ class ChannelFactor(nn.Module):
         self.value = None
 
     def factor(self) -> Tensor | None:
-        """``[C]``; bool where every gate is hard, None while every gate is transparent."""
-        if self.value is not None:
+        """``[C]``, or None while every gate is transparent."""
+        if self.value is not None and self.gates[0].state is GateState.SOFT:
             return self.value
-        states = {gate.state for gate in self.gates}
-        if states == {GateState.TRANSPARENT}:
+        if all(gate.state is GateState.TRANSPARENT for gate in self.gates):
             return None
-        of_gates = [gate.mask if states == {GateState.HARD} else gate() for gate in self.gates]
         if self._identity:
-            return of_gates[0]
-        return torch.cat([*of_gates, of_gates[0].new_ones(1)]).index_select(0, self.index)
+            return self.gates[0].forward()
+        one = self.gates[0].s.new_ones(1)
+        return torch.cat([*(gate.forward() for gate in self.gates), one]).index_select(0, self.index)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChannelFactor:
         # `model.to(device)` and `.double()` reach the gates through here
@@ -114,9 +118,7 @@ class AffineGate(ChannelFactor):
 
     def forward(self, affine: Tensor) -> Tensor:
         factor = self.factor()
-        if factor is None:
-            return affine
-        return affine * (factor if factor.dtype == torch.bool else factor.to(affine.dtype))
+        return affine if factor is None else affine * factor.to(affine.dtype)
 
 
 class InputGate(ChannelFactor):

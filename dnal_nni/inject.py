@@ -86,12 +86,31 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
             if getattr(norm, name, None) is not None:
                 factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
                 parametrize.register_parametrization(norm, name, factor)
+                _shorten(type(norm), name)
     for path, sources in inputs.items():
         consumer = model.get_submodule(path)
         involved, index = _index(sources)
         dim = -1 if isinstance(consumer, nn.Linear) else -(len(consumer.kernel_size) + 1)  # type: ignore[arg-type]
         consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
         consumer.register_forward_pre_hook(_gate_input)
+
+
+def _shorten(parametrized: type[nn.Module], name: str) -> None:
+    """Let a norm's affine be computed without what torch does around it: it is read in every forward of every norm.
+
+    ``parametrized`` is the class that torch made for this one module (its copies share it).
+    """
+    usual = getattr(parametrized, name)
+
+    def affine(norm: Any) -> Tensor:
+        chain = norm._modules["parametrizations"]._modules[name]
+        if len(chain._modules) > 1:  # somebody else's behind it
+            value: Tensor = usual.fget(norm)
+        else:
+            value = chain._modules["0"].forward(chain.original)
+        return value
+
+    setattr(parametrized, name, property(affine, usual.fset))
 
 
 def _device(model: nn.Module) -> torch.device:

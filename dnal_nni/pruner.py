@@ -620,7 +620,7 @@ class DNALPruner(Pruner):
                 gate = self.gates[name]
                 gate.s.copy_(values["s"])
                 gate.delta.copy_(values["delta"])
-                gate.mask.copy_(values["mask"])
+                gate.harden(values["mask"])
                 gate.state = GateState(values["state"])
         self._resume, self._keep = state["search"], state["keep"]
 
