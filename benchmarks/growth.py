@@ -3,9 +3,9 @@
     python benchmarks/growth.py --out benchmarks/results/growth.json
 
 Depth: ResNets of 20 to 1,202 layers (6n + 2, a quarter of the usual width); width: ResNet-20 at one to eight times its
-channels. Batch 2 of 32 x 32 pixels, float32. Seconds of each part of the work (the fastest of three, of one from 434
-layers on), and what a search step does beyond forward and backward (the median of ten). Next to the file, a plot. Some
-ten minutes on two CPU cores; measured networks are not measured again.
+channels. Batch 2 of 32 x 32 pixels, float32. Seconds of each part of the work (the fastest of three), and what a search
+step does beyond forward and backward (the median of ten). Next to the file, a plot. Some ten minutes on two CPU cores;
+measured networks are not measured again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PARTS = ("groups", "verify", "cost model", "slice", "check", "search step")
 STORED = {"resnet50": 224, "vgg16_bn": 224, "densenet121": 224}  # whose slicing is weighed, at so many pixels
 
 
-def fastest(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+def fastest(run: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
     """Seconds, and what the last run returned."""
     seconds = []
     for _ in range(repeats):
@@ -62,17 +62,17 @@ def deep(blocks: int, width: float) -> nn.Module:
     return model
 
 
-def parts(model: nn.Module, repeats: int) -> dict[str, float]:
+def parts(model: nn.Module) -> dict[str, float]:
     """Seconds of every part of the work on one network."""
     x = torch.randn(2, 3, 32, 32)
     found: dict[str, float] = {}
-    found["groups"], groups = fastest(lambda: find_groups(model, x), repeats)
+    found["groups"], groups = fastest(lambda: find_groups(model, x))
     frozen = [group.frozen for group in groups]
-    found["verify"], _ = fastest(lambda: verify_and_freeze(model, groups, x, seconds=600), repeats)
+    found["verify"], _ = fastest(lambda: verify_and_freeze(model, groups, x, seconds=600))
     assert frozen == [group.frozen for group in groups], "what is timed is a verification that finds nothing"
-    found["cost model"], _ = fastest(lambda: CostModel(model, groups, x), repeats)
+    found["cost model"], _ = fastest(lambda: CostModel(model, groups, x))
     keep = random_keep(groups, 0.5, 0)
-    found["slice"], _ = fastest(lambda: slim_copy(model, groups, keep), repeats)
+    found["slice"], _ = fastest(lambda: slim_copy(model, groups, keep))
     pruner = DNALPruner(model, [{"op_types": ["Conv2d"]}], dummy_input=x, budget=Budget(flops=0.5), verify_seconds=600)
     with pruner.search(1_000_000, progress=False) as search:
         model(x).sum().backward()
@@ -84,7 +84,7 @@ def parts(model: nn.Module, repeats: int) -> dict[str, float]:
         found["search step"] = statistics.median(fastest(step, 1)[0] for _ in range(10))
     pruner.harden(keep)
     slim = slim_copy(model, groups, keep)
-    found["check"], _ = fastest(lambda: check_equal(model, slim, x), repeats)
+    found["check"], _ = fastest(lambda: check_equal(model, slim, x))
     return found | {"units": sum(group.channels for group in groups), "gates": len(groups)}
 
 
@@ -134,10 +134,9 @@ def main() -> None:
         result = json.loads(args.out.read_text())
     jobs: list[tuple[str, str, Callable[[], Any]]] = []
     for blocks in BLOCKS:
-        repeats = 3 if blocks < 72 else 1
-        jobs.append(("depth", str(6 * blocks + 2), lambda n=blocks, r=repeats: parts(deep(n, 0.25), r)))
+        jobs.append(("depth", str(6 * blocks + 2), lambda n=blocks: parts(deep(n, 0.25))))
     for width in WIDTHS:
-        jobs.append(("width", str(width), lambda w=width: parts(deep(3, w), 3)))
+        jobs.append(("width", str(width), lambda w=width: parts(deep(3, w))))
     for name, pixels in STORED.items():
         jobs.append(("memory", name, lambda n=name, p=pixels: memory(n, p)))
     for key, size, job in tqdm(jobs, desc="networks"):

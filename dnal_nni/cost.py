@@ -162,8 +162,11 @@ class CostModel:
         terms: list[tuple[str, float, float, float, int, int]] = []
         tensors = dict(model.named_parameters())
         buffers = dict(model.named_buffers())
-        for path in sorted({path for path, side, _ in row_of if side != "choice"}):
-            rows_here = [row for key, row in row_of.items() if key[0] == path]
+        rows_at: dict[str, list[int]] = defaultdict(list)
+        for (path, side, _), row in row_of.items():
+            if side != "choice":
+                rows_at[path].append(row)
+        for path, rows_here in sorted(rows_at.items()):
             if path in buffers:
                 continue
             if path in tensors:
