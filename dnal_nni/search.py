@@ -407,9 +407,10 @@ class Search:
         # one kernel for all gates
         torch._foreach_copy_([gate.s for gate in self.gates], s.to(self.gates[0].s.dtype).split(sizes))
         torch._foreach_copy_([gate.delta for gate in self.gates], [delta.to(self.gates[0].delta.dtype)] * len(sizes))
-        self.g = torch.sigmoid(delta * s)
+        g = torch.sigmoid(delta * s).to(self.gates[0].s.dtype)
+        self.g = g.double()  # as the model has them
         if self.scores is not None:
-            values = F.pad(self.g, (0, 1), value=1.0).to(self.leaves[0].dtype).index_select(0, self.unit_of)
+            values = F.pad(g, (0, 1), value=1.0).index_select(0, self.unit_of)
             torch._foreach_copy_(self.leaves, values.split([len(leaf) for leaf in self.leaves]))
 
     @torch.no_grad()
