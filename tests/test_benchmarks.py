@@ -47,10 +47,11 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
     assert torch.allclose(search.score, scores.value, atol=1e-6)
     assert torch.allclose(model.conv1.weight, weights["conv1.weight"], atol=1e-4)
 
-    # fine-tuning in the full shape with hard gates, and the cut network's
+    # fine-tuning in the full shape with hard gates, and the cut network's; later a ReLU is bound to flip somewhere, and
+    # from there on both go their own ways
     small = peers.physical(job, weights, keep)[0].to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(small.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    training = methods.Training(net, weights, keep.float(), data, BATCH, 8, [LR] * 5)
+    training = methods.Training(net, weights, keep.float(), data, BATCH, 8, [LR] * 2)
     for number, _ in enumerate(training.steps()):
         rows = slice(number * BATCH, (number + 1) * BATCH)
         optimizer.zero_grad()
@@ -58,4 +59,4 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
         optimizer.step()
     trained = peers.physical(job, weights, keep)[0]
     for (name, a), b in zip(small.named_parameters(), trained.parameters()):
-        assert torch.allclose(a, b, atol=1e-4), name
+        assert torch.allclose(a, b, atol=1e-6), name
