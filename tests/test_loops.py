@@ -73,6 +73,8 @@ def found(model: nn.Module, batches: Batches, step: Step, learning: bool) -> tup
 def test_the_loop_does_not_matter(small: nn.Module, batches: Batches, case: str, learning: bool) -> None:
     if case == "scaled" and not hasattr(torch.amp, "GradScaler"):
         pytest.skip("torch < 2.3 has no GradScaler for the CPU")
+    if case == "checkpointed" and torch.__version__.startswith("2.2."):
+        pytest.skip("torch 2.2 does not trace torch.utils.checkpoint, so fvcore cannot count it")
     other = copy.deepcopy(small)
     if case == "checkpointed":
         other.__class__ = Checkpointed
@@ -85,6 +87,7 @@ def test_the_loop_does_not_matter(small: nn.Module, batches: Batches, case: str,
     assert torch.allclose(slim(x), other_slim(x), atol=1e-3)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.2."), reason="torch 2.2 does not compile a model with gates")
 @pytest.mark.parametrize("learning", [False, True])
 def test_one_graph_for_the_whole_schedule(small: nn.Module, batches: Batches, learning: bool) -> None:
     """Under torch.compile nothing is compiled again as delta grows."""
