@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dnal_nni.budget import Objective, first_ranks
-from dnal_nni.search import REACH, Scores
+from dnal_nni.scores import REACH, Scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from dnal_nni.budget import Objective
 from dnal_nni.schedule import delta_paper
-from dnal_nni.search import PAPER_LR, PAPER_MOMENTUM, Scores
+from dnal_nni.scores import Scores
+from dnal_nni.search import PAPER_LR, PAPER_MOMENTUM
 
 if TYPE_CHECKING:
     from peers import Bench

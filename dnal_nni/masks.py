@@ -19,7 +19,7 @@ from .graph import Conv, clone
 from .groups import ChannelGroup, Member, groups_of
 from .inject import check_model, detach
 from .report import GroupReport, Report
-from .search import importance
+from .scores import importance
 from .slim import Keep, slim_copy
 from .verify import check_equal, difference, hard_gated_copy, verify_and_freeze
 

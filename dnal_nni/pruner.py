@@ -29,10 +29,11 @@ from .groups import ChannelGroup, Site, groups_of
 from .inject import attach, check_model, detach, is_gated
 from .latency import latencies
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
-from .ranks import check_same, from_first, is_first, ranks
+from .ranks import check_same, from_first, is_first, world_size
 from .report import GroupReport, Report, versions
 from .resume import load_state, save_state
-from .search import PAPER_THRESHOLD, Search, importance
+from .scores import importance
+from .search import PAPER_THRESHOLD, Search
 from .slim import slim_copy
 from .steps import steps_per_epoch
 from .verify import check_equal, verify_and_freeze
@@ -212,7 +213,7 @@ class DNALPruner(Pruner):
 
     def _verify(self, model: nn.Module, groups: list[ChannelGroup]) -> None:
         """Freeze what cannot be cut exactly; all ranks go by what rank 0 finds."""
-        if ranks() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        if world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
             raise DNALError(
                 "the model has SyncBatchNorm layers, which wait for each other wherever the model runs: convert the "
                 "cut network instead (nn.SyncBatchNorm.convert_sync_batchnorm(slim))"

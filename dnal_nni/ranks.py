@@ -19,38 +19,47 @@ from .errors import DNALError
 T = TypeVar("T")
 
 
-def ranks() -> int:
+def world_size() -> int:
     """Number of processes that work together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
     """Whether this is the process that measures, shows and writes: rank 0, or the only one."""
-    return ranks() == 1 or dist.get_rank() == 0
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """What ``compute`` returns on rank 0, or raises there, on every rank. The others do not call it."""
-    if ranks() == 1:
+    """What ``compute`` returns on rank 0, on every rank; the others do not call it.
+
+    Raises:
+        DNALError: on every rank, if ``compute`` raised it on rank 0. Any other exception is rank 0's own, and the
+            others raise a DNALError that points to it.
+    """
+    if world_size() == 1:
         return compute()
-    found: list[Any] = [None, None]
+    found: list[Any] = [None, DNALError("rank 0 failed: what it says is the cause")]
     if is_first():
         try:
-            found[0] = compute()
-        except Exception as error:  # raised below, here too
+            found = [compute(), None]
+        except DNALError as error:
             found[1] = error
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
+            raise
+        finally:
+            dist.broadcast_object_list(found)
+    else:
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
     result: T = found[0]
     return result
 
 
 def check_same(what: str, value: object, remedy: str) -> None:
     """Raise on every rank unless all have an equal ``value``."""
-    if ranks() == 1:
+    if world_size() == 1:
         return
-    values: list[object] = [None] * ranks()
+    values: list[object] = [None] * world_size()
     dist.all_gather_object(values, value)
     for rank, other in enumerate(values):
         if other != values[0]:
@@ -66,15 +75,15 @@ def _short(value: object) -> str:
 
 def mean_(tensor: Tensor) -> Tensor:
     """Replace by the mean over the ranks, in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
-        tensor /= ranks()
+        tensor /= world_size()
     return tensor
 
 
-def copy_first_(*tensors: Tensor) -> None:
+def broadcast_(*tensors: Tensor) -> None:
     """Give ``tensors`` the values that they have on rank 0, in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 

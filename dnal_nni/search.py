@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,151 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .budget import Objective, best_of_group, first_ranks, price
-from .cut import exact_cut
+from .budget import Objective
 from .errors import DNALError
 from .gate import ChannelFactor, GateState, ScaledSigmoidGate
-from .graph import Conv
 from .groups import ChannelGroup
-from .ranks import check_same, checksum, copy_first_, is_first, mean_, ranks
-from .schedule import delta_paper, delta_per_step, ramp
+from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
+from .schedule import delta_paper
+from .scores import REACH, Scores, importance
 
 PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
-MOMENTUM = 0.9
-# Measured: with 1, groups move as blocks down to their floors, and the widths end up worse than uniform ones on
-# Fashion-MNIST; with 0, the norms of the trained weights decide alone.
-REACH = 0.3
-# Candidates of a supernet start alike, and must come apart: they move farther by this factor.
-CANDIDATES_REACH = 1 / REACH
 BINS = 20  # of the gates' histogram in the history
-# From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
-# open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
-SETTLED = 0.75
-# From this share on, no more candidates of a choice are open than may stay, where that is limited.
-NARROWED = 0.5
-
-
-def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
-    """Norm of each unit's weights over all layers of its group, divided by the group's mean: float64 ``[units]``."""
-    scores = []
-    for group in groups:
-        total = torch.zeros(group.channels, dtype=torch.float64)
-        for member in group.members:
-            if member.bare or member.side == "size":
-                continue
-            module = model.get_submodule(member.path)
-            if not isinstance(module, (Conv, nn.Linear)):
-                continue
-            weight = module.weight.detach().double().cpu()
-            transposed = isinstance(module, Conv) and module.transposed
-            grouped = isinstance(module, Conv) and module.groups > 1
-            if grouped and member.side == "in":
-                continue
-            dim = 0 if (member.side == "out") != transposed or grouped else 1
-            squares = weight.pow(2).sum([d for d in range(weight.dim()) if d != dim])
-            if squares.numel() <= int(member.channels.max()):
-                continue
-            part = torch.zeros(group.channels, dtype=torch.float64)
-            part.index_add_(0, member.units, squares[member.channels])
-            total += part / part.mean().clamp(min=1e-30)
-        root = total.sqrt() if bool(total.any()) else torch.ones_like(total)  # candidates start alike
-        scores.append(root / root.mean().clamp(min=1e-30))
-    return torch.cat(scores)
-
-
-class Scores:
-    """What every unit is worth, and what the gates should be at each step of a search under an objective.
-
-    A gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's weights and collects
-    ``-dL/dg`` per unit of cost; the price is set at every step so that the expected cost follows a descent to the
-    target. A gate thus closes when it is worth less, per cost, than what the budget can afford, and reopens when it is
-    worth more, until the last quarter of the search: there the structure stands, while weights and norm statistics
-    settle. Everything stays on the device of the scores; a step has no host sync and can be put into a CUDA graph.
-
-    Args:
-        objective: what the search is held to.
-        start: the first scores, float64 ``[units]``.
-        steps: planned number of steps.
-        reach: how far a steady task gradient of average size moves a score over a whole search.
-
-    Attributes:
-        value: the scores, float64 ``[units]``.
-        floor: units that stay open in each group.
-        moving: the number of steps after which :meth:`settle` is due.
-    """
-
-    def __init__(self, objective: Objective, start: Tensor, steps: int, reach: float = REACH) -> None:
-        self.objective = objective
-        self.floor = objective.to("cpu").floor()
-        objective.to(start.device)
-        limits = [first_ranks(objective.sizes, counts) for counts in (self.floor, objective.limits.most)]
-        self.ranks = torch.stack(limits).to(start.device)
-        self.value = start.clone()
-        self.momentum = torch.zeros_like(start)
-        self.scale = start.new_zeros(2)  # mean squares: of channels, of candidates
-        chosen = torch.tensor(objective.choices, device=start.device)[objective.group_of]
-        self.choices = chosen.nonzero().flatten()  # units that are candidates of a supernet
-        self.cheap = 0.1 * objective.whole[self.choices].mean()
-        self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
-        self.moving = max(1, round(SETTLED * steps))
-        self.pace = torch.tensor([reach / self.moving if t < self.moving else 0.0 for t in range(steps)]).to(start)
-        self.settled = torch.arange(steps, device=start.device) >= self.moving
-        self.narrowed = torch.arange(steps, device=start.device) >= NARROWED * steps
-        self.structure = torch.ones_like(start)  # 1 open, -1 closed; set by settle
-        descent = torch.tensor([ramp(t, steps, 1.0, 0.0) for t in range(steps)]).to(start).unsqueeze(1)
-        self.aims = objective.targets + (0.98 - objective.targets) * descent
-
-    @torch.no_grad()
-    def update(self, grad: Tensor, g: Tensor, step: int | Tensor) -> None:
-        """One architecture step from dL/dg at the gates ``g``, both ``[units]``; ``step`` as in :meth:`gates`."""
-        g = g.detach().to(self.value.dtype).requires_grad_()
-        with torch.enable_grad():
-            (marginal,) = torch.autograd.grad(self.objective.relative(g).sum(), g)
-        # loss saved per unit of cost; that a unit costs (next to) nothing must not drown all others
-        worth = -grad.to(self.value.dtype) / torch.maximum(marginal, 1e-3 * marginal.mean())
-        if len(self.choices):
-            # candidates among themselves: next to single channels they are few and steady, and some cost nothing
-            own = -grad.to(self.value.dtype) / marginal.clamp(min=self.cheap)
-            own = CANDIDATES_REACH * _normalised(own.index_select(0, self.choices), self.scale[1])
-            worth = _normalised(worth.index_fill(0, self.choices, 0.0), self.scale[0]).index_copy(0, self.choices, own)
-        else:
-            worth = _normalised(worth, self.scale[0])
-        self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
-        self.value.add_(self.momentum * _entry(self.pace, step))
-
-    @torch.no_grad()
-    def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
-        """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
-        delta, settled, aims = (_entry(table, step) for table in (self.delta, self.settled, self.aims))
-        if not isinstance(step, Tensor) and step >= self.moving:
-            return self.structure, delta
-        held, allowed = best_of_group(self.value, self.objective.group_of, self.ranks)
-        if len(self.choices):
-            free = price(self.objective, self.value, delta, held, allowed, aims)
-            must, may = self.objective.candidates(self.value, free[self.objective.owner])
-            held, allowed = held | must, allowed & (may | ~_entry(self.narrowed, step))
-        s = self.value - price(self.objective, self.value, delta, held, allowed, aims)[self.objective.owner]
-        s = torch.where(held, torch.maximum(s, 6.0 / delta), s)  # held open: far enough on the open side
-        s = torch.where(allowed, s, torch.minimum(s, -6.0 / delta))
-        return torch.where(settled, self.structure, s), delta
-
-    def settle(self) -> None:
-        """Fix the structure: what would be cut now, to the channel. Waits for the device, once in a search."""
-        objective = copy.deepcopy(self.objective)  # a CUDA graph holds the tables of this one
-        keep = exact_cut(objective, self.value, self.floor)
-        self.structure.copy_(keep.double() * 2 - 1)
-        copy_first_(self.structure)
-
-
-def _normalised(worth: Tensor, scale: Tensor) -> Tensor:
-    """``worth`` by its running root mean square, whose square ``scale`` keeps."""
-    mean_square = worth.square().mean()
-    scale.copy_(torch.where(scale == 0, mean_square, 0.9 * scale + 0.1 * mean_square))
-    return (worth / scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
-
-
-def _entry(table: Tensor, step: int | Tensor) -> Tensor:
-    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
 
 
 def ungated(name: str) -> str:
@@ -226,11 +90,11 @@ class Search:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Search:
-        if ranks() > 1:
+        if world_size() > 1:
             settings = (self.steps, self.done, self.weights_learn, self.lambda_, checksum(self.model))
             remedy = "load the same weights on every rank, and search with the same arguments"
             check_same("steps, steps done, whether weights learn, lambda and the weights' checksum", settings, remedy)
-            copy_first_(self.score, self.momentum, self.scale)
+            broadcast_(self.score, self.momentum, self.scale)
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:
@@ -265,7 +129,7 @@ class Search:
         for factor in self._factors():
             factor.value = None
         if error is None:
-            copy_first_(*self.model.buffers())  # norm statistics are each rank's own
+            broadcast_(*self.model.buffers())  # norm statistics are each rank's own
         if isinstance(error, DNALError):
             self.restore()
 

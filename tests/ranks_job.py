@@ -208,7 +208,17 @@ def errors(out: Path) -> dict[str, Any]:
 
         from_first(fail)
 
-    for run in (other_model, other_weights, nan_on_one, synchronised, only_rank_0):
+    def another_error_on_rank_0() -> None:
+        def fail() -> None:
+            raise ValueError("of the user's own")
+
+        try:
+            from_first(fail)
+        except ValueError as error:
+            assert rank == 0
+            raise DNALError("rank 0 failed: what it says is the cause") from error
+
+    for run in (other_model, other_weights, nan_on_one, synchronised, only_rank_0, another_error_on_rank_0):
         case(run.__name__, run)
     return said
 

@@ -17,7 +17,7 @@ from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, sa
 from dnal_nni.choices import Cell, Choice, Depth, Inputs, Mixture
 from dnal_nni.cut import exact_cut
 from dnal_nni.gate import GateState, ScaledSigmoidGate
-from dnal_nni.search import Scores
+from dnal_nni.scores import Scores
 from dnal_nni.verify import random_keep
 
 ALL = [{"op_types": ["Conv2d", "Linear"]}]

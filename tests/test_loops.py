@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONV, Small
+from memory import saved_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -125,29 +126,12 @@ def test_bf16_and_channels_last(small: nn.Module, batches: Batches) -> None:
 def test_a_search_keeps_no_more_activations(small: nn.Module, batches: Batches, learning: bool) -> None:
     """Bytes that autograd saves for backward, parameters and gates left out."""
     images, labels = batches[0]
-    plain_bytes = saved(small, images)
+    plain_bytes = saved_bytes(small, lambda: small(images))
     pruner = DNALPruner(small, CONV, dummy_input=images[:2], budget=Budget(flops=0.5))
     assert {group.site for group in pruner.groups} == {"norm", "input"}
     optimizer = torch.optim.SGD(small.parameters(), 0.01) if learning else None
     with pruner.search(20, optimizer=optimizer, progress=False) as search:
         search.step(F.cross_entropy(small(images), labels))
-        searching = saved(small, images)
+        searching = saved_bytes(small, lambda: small(images))
     gated_input = images.shape[0] * 16 * 4 * 4 * 4  # of the one group without a norm, behind `last`, in float32
     assert searching <= 1.02 * plain_bytes + gated_input
-
-
-def saved(model: nn.Module, images: Tensor) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(images)
-    total = sum(storages.values())
-    del out
-    return total

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dnal_nni.ranks import check_same, copy_first_, from_first, is_first, mean_, ranks
+from dnal_nni.ranks import broadcast_, check_same, from_first, is_first, mean_, world_size
 
 TESTS = Path(__file__).parent
 Found = list[dict[str, dict[str, Any]]]
@@ -74,13 +74,14 @@ def test_errors_are_the_same_everywhere(two: Found) -> None:
     assert said["nan_on_one"].startswith("the loss is nan or infinite at search step 3")
     assert "SyncBatchNorm" in said["synchronised"] and "convert_sync_batchnorm(slim)" in said["synchronised"]
     assert said["only_rank_0"] == "on the first"
+    assert said["another_error_on_rank_0"] == "rank 0 failed: what it says is the cause"
 
 
 def test_one_process_needs_no_others() -> None:
     x = torch.ones(2)
-    copy_first_(x)
+    broadcast_(x)
     check_same("x", 1, "")
-    assert ranks() == 1 and is_first() and from_first(lambda: 3) == 3 and torch.equal(mean_(x), torch.ones(2))
+    assert world_size() == 1 and is_first() and from_first(lambda: 3) == 3 and torch.equal(mean_(x), torch.ones(2))
 
 
 def test_cifar10_under_torchrun(tmp_path: Path) -> None:

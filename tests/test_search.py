@@ -15,7 +15,7 @@ from dnal_nni import Budget, DNALError, DNALPruner
 from dnal_nni.budget import Objective, best_of_group, price
 from dnal_nni.cut import exact_cut
 from dnal_nni.gate import ChannelFactor
-from dnal_nni.search import SETTLED, Scores
+from dnal_nni.scores import SETTLED, Scores
 
 
 def objective_of(model: nn.Module, x: Tensor, fraction: float = 0.5) -> Objective:
