@@ -10,24 +10,21 @@ mode); torch-pruning has no such step.
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
 import torchvision
+from provenance import device_name, provenance
 from torch import Tensor, nn
-from zoo import CUT, CUT_SEED, commit
+from zoo import CUT, CUT_SEED
 
 from dnal_nni.groups import find_groups
 from dnal_nni.slim import slim_copy
@@ -120,15 +117,7 @@ def main() -> None:
         "models": [compare(name, args.rounds) for name in CLASSIFIER],
         "input": [1, 3, 224, 224],
         "rounds": args.rounds,
-        "load_average": [
-            round(load, 1) for load in os.getloadavg()
-        ],  # of other work as well: about the threads, if idle
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "torch-pruning")},
-        "device": f"{platform.machine()} CPU, {args.threads} threads",
-    }
+    } | provenance(device_name("cpu"), "torch", "torchvision", "torch-pruning")
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

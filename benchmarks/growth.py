@@ -11,12 +11,10 @@ measured networks are not measured again.
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import torch
 import torchvision
 from torch import nn
 from tqdm.auto import tqdm
-from zoo import commit
 
 from dnal_nni import Budget, DNALPruner
 from dnal_nni.cost import CostModel
@@ -35,7 +32,8 @@ from dnal_nni.verify import check_equal, random_keep, verify_and_freeze
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from cifar_models import ResNet
-from speed import peak_bytes
+from memory import peak_bytes
+from provenance import device_name, provenance
 
 BLOCKS = (3, 9, 18, 36, 72, 200)  # a stage
 WIDTHS = (1, 2, 4, 8)
@@ -118,11 +116,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def to_linear(result: dict[str, Any]) -> dict[str, float]:
-    """Of every part, the time of the deepest network by that of 110 layers, to the number of layers."""
+def to_linear(result: dict[str, Any], layers: str) -> dict[str, float]:
+    """Of every part, and of all, the time of the deepest network by that of ``layers``, to the number of layers."""
     deepest = max(result["depth"], key=int)
-    small, large = result["depth"]["110"], result["depth"][deepest]
-    return {part: round(large[part] / small[part] * 110 / int(deepest), 2) for part in PARTS}
+    small, large = result["depth"][layers], result["depth"][deepest]
+    times = {part: (large[part], small[part]) for part in PARTS}
+    times["all"] = sum(a for a, _ in times.values()), sum(b for _, b in times.values())
+    return {part: round(a / b * int(layers) / int(deepest), 2) for part, (a, b) in times.items()}
 
 
 def main() -> None:
@@ -144,14 +144,9 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         result[key][size] = job()
-        result |= {
-            "command": "python benchmarks/growth.py",
-            "commit": commit(),
-            "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-            "versions": {"python": platform.python_version(), "torch": version("torch")},
-        }
+        result |= provenance(device_name("cpu"), "torch")
         args.out.write_text(json.dumps(result, indent=2) + "\n")
-    result["to_linear"] = to_linear(result)
+    result["to_linear"] = {f"from {layers} layers": to_linear(result, layers) for layers in ("20", "110")}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     plot(result, args.out.with_suffix(".png"))
     print(json.dumps({"to_linear": result["to_linear"], "memory": result["memory"]}, indent=2))

@@ -40,8 +40,9 @@ from nni.compression.pruning import (
     SlimPruner,
     TaylorPruner,
 )
+from provenance import commit
 from torch import Tensor, nn
-from zoo import commit, randomise
+from zoo import randomise
 
 from dnal_nni import DNALError, measure, speedup
 from dnal_nni.groups import find_groups

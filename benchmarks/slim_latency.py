@@ -13,20 +13,18 @@ import argparse
 import copy
 import io
 import json
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from provenance import device_name, provenance
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from zoo import commit
 
 from dnal_nni import Budget, DNALPruner, measure
 from dnal_nni.latency import latencies
@@ -160,13 +158,7 @@ def main() -> None:
         if label in result[key]:
             continue
         result[key][label] = job()
-        cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        result |= {
-            "command": f"python benchmarks/slim_latency.py --device {args.device}",
-            "commit": commit(),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-            "versions": {"python": platform.python_version(), "torch": version("torch")},
-        }
+        result |= provenance(device_name(args.device), "torch")
         args.out.write_text(json.dumps(result, indent=2) + "\n")
     table(result)
 

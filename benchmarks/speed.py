@@ -19,17 +19,13 @@ and gives the peak of allocated memory.
 
 import argparse
 import contextlib
-import ctypes
+import functools
 import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +37,10 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from cifar_models import MODELS
+from memory import peak_bytes, saved_bytes
+from provenance import device_name, provenance
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from zoo import commit
 
 from dnal_nni import Budget, DNALPruner
 from dnal_nni.gate import ScaledSigmoidGate
@@ -232,45 +229,6 @@ def seconds_of(step: Step, device: str) -> float:
     return float(begin.elapsed_time(end)) / 1000
 
 
-def saved_bytes(model: nn.Module, batch: Batch) -> int:
-    """Of distinct tensors that autograd keeps from a forward pass for the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = batch.loss(model)
-    size = sum(storages.values())
-    del loss
-    return size
-
-
-def peak_bytes(step: Step, device: str) -> int | None:
-    """What a step takes at its peak beyond what is held before it; on Linux by the kernel's account of this process."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - held
-    if platform.system() != "Linux":
-        return None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step is given memory that counts as held
-
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
-
-    held = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    step()
-    return status("VmHWM") - held
-
-
 def measured(steps: dict[str, tuple[nn.Module, Step]], batch: Batch, rounds: int) -> dict[str, Any]:
     """All kinds of step in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -280,7 +238,7 @@ def measured(steps: dict[str, tuple[nn.Module, Step]], batch: Batch, rounds: int
             took = seconds_of(steps[name][1], batch.device)
             if turn >= WARM_UP:
                 seconds[name].append(took)
-    saved = {name: saved_bytes(model, batch) for name, (model, _) in steps.items()}
+    saved = {name: saved_bytes(model, functools.partial(batch.loss, model)) for name, (model, _) in steps.items()}
     peak = {name: peak_bytes(step, batch.device) for name, (_, step) in steps.items()}
     return {
         "seconds": {name: round(statistics.median(times), 5) for name, times in seconds.items()},
@@ -325,22 +283,14 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    device = device_name(args.device)
     done = {(row["network"], row["batch_size"], row["device"]) for row in old}
     for network in args.networks:
         for size in args.batch_sizes:
             if (network, size, device) in done:
                 continue
-            row = line(network, size, args) | {
-                "rounds": args.rounds,
-                "load_average": [round(load, 1) for load in os.getloadavg()],
-                "device": device,
-                "command": shlex.join(["python", *sys.argv]),
-                "commit": commit(),
-                "versions": {"python": platform.python_version()}
-                | {name: version(name) for name in ("torch", "torchvision", "nni", "torch-pruning")},
-            }
+            row = line(network, size, args) | {"rounds": args.rounds}
+            row |= provenance(device, "torch", "torchvision", "nni", "torch-pruning")
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row["step_ratio"]))

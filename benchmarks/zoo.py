@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import copy
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_models import MODELS, Entry
@@ -343,17 +343,6 @@ def provenance(seconds: float) -> Record:
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-@functools.cache
-def commit() -> str:
-    """The last commit that touched the package; marked where the working tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dnal_nni")
-    return git("log", "-1", "--format=%H", "--", "dnal_nni") + ("+changes" if changed else "")
 
 
 def load(path: Path) -> dict[str, Record]:

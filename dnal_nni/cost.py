@@ -75,7 +75,7 @@ def _lies_in(path: str, part: str) -> bool:
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """``x[..., index]``; six times faster than ``index_select`` on a CPU."""
+    """``x[..., index]``; on a CPU faster than ``index_select`` along the last dimension."""
     return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
 

@@ -96,6 +96,7 @@ class ChannelFactor(nn.Module):
 
     def factor(self) -> Tensor | None:
         """``[C]``, or None while every gate is transparent."""
+        # in a settled search the gates of candidates are hard, so that the closed ones need not run
         if self.value is not None and self.gates[0].state is GateState.SOFT:
             return self.value
         if all(gate.state is GateState.TRANSPARENT for gate in self.gates):
