@@ -15,7 +15,8 @@ its blocks, as near as whole channels allow. Accuracies are compared at what was
 - darts, gumbel, proxyless: NNI's, with half of the images for weights and half for the architecture, as in DARTS.
 - random_oneshot: NNI's supernet trained on random paths, of which it exports a random one.
 - random: `--samples` architectures, each trained for an equal share of the epochs of search; the best one on a fifth of
-  the images is retrained. random_one: a single one, retrained, with no search.
+  the images is retrained. random_one: a single one, retrained, with no search. random_long: that one, trained for the
+  epochs of the search too.
 - dnal: goes on with the weights of the search, as the paper does; dnal_scratch: those networks from new weights, as
   for all others; dnal_single: one candidate a layer, from new weights.
 """
@@ -59,7 +60,7 @@ from dnal_nni import Budget, DNALStrategy, measure
 NNIS: dict[str, Any] = {
     "darts": nnis.DARTS, "gumbel": nnis.GumbelDARTS, "proxyless": nnis.Proxyless, "random_oneshot": nnis.RandomOneShot
 }  # fmt: skip
-METHODS = ["dnal", "dnal_scratch", "dnal_single", *NNIS, "random", "random_one"]
+METHODS = ["dnal", "dnal_scratch", "dnal_single", *NNIS, "random", "random_one", "random_long"]
 LR = 0.05
 
 
@@ -168,7 +169,7 @@ def one(job: Job) -> dict[str, Any]:
                 if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)):
                     module.reset_parameters()
     else:
-        if job.method == "random_one":
+        if job.method in ("random_one", "random_long"):
             architecture = sampled(job, random.Random(job.seed))
         else:
             architecture = random_search(job, data) if job.method == "random" else nni_search(job, data)
@@ -177,11 +178,11 @@ def one(job: Job) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cost = measure(copy.deepcopy(model), image)
     before = time.perf_counter()
-    train(model, data, job.retrain, job.seed)
+    train(model, data, job.retrain + (job.epochs if job.method == "random_long" else 0), job.seed)
     return {
         "accuracy": accuracy(model, data[1], data[3]), "flops": cost.flops, "params": cost.params,
         "search_seconds": searched, "retrain_seconds": time.perf_counter() - before, "peak_bytes": memory,
-        "architecture": architecture, "epochs": job.epochs + job.retrain,
+        "architecture": architecture, "epochs": job.retrain + (0 if job.method == "random_one" else job.epochs),
     }  # fmt: skip
 
 
