@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 
@@ -73,6 +74,9 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     def spent(mask: Tensor) -> float:
         return float(objective.relative(mask.double())[0])
 
+    def is_choice(block: Tensor) -> bool:
+        return objective.choices[int(objective.group_of[block[0]])]
+
     smallest = keep
 
     def best(count: int, above: float = 0.0) -> Tensor:
@@ -91,21 +95,41 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     while spent(keep) > limit and above < 1e6:  # cheaper candidates, at a price that no unit is worth
         keep, above = best(0, above), 1.5 * above
     # which candidates are open is settled with the price
-    rest = [block for block in blocks if not objective.choices[objective.group_of[block[0]]]]
+    rest = [block for block in blocks if not is_choice(block)]
+    keep = _filled(objective, s, keep, rest, limit)
+    if limit - spent(keep) <= CLOSE * limit or low == len(blocks) or not is_choice(blocks[low]):
+        return keep
+    wider = best(low + 1)  # candidates are coarse: one more of them, and as many channels less
+
+    def narrowed(count: int) -> Tensor:
+        trial = wider.clone()
+        trial[torch.cat([*rest[len(rest) - count :], torch.zeros(0, dtype=torch.int64)])] = False
+        return trial
+
+    count = bisect.bisect_left(range(len(rest)), True, key=lambda count: spent(narrowed(count)) <= limit)
+    wider = _filled(objective, s, narrowed(count), rest, limit)
+    return wider if spent(keep) < spent(wider) <= limit else keep
+
+
+def _filled(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tensor], limit: float) -> Tensor:
+    """``keep`` with what fits of the ``blocks``, all of them channels, so that it comes near to the limit."""
+
+    def left() -> float:
+        return limit - float(objective.relative(keep.double())[0])
+
+    keep = keep.clone()
     full: set[int] = set()  # groups whose next block does not fit: a smaller one behind it would be no multiple
-    for block in rest:
-        if limit - spent(keep) < 5e-4 * limit:
+    for block in blocks:
+        if left() < 5e-4 * limit:
             break
         group = int(objective.group_of[block[0]])
         if bool(keep[block[0]]) or group in full:
             continue
         keep[block] = True
-        if spent(keep) > limit:
+        if left() < 0:
             keep[block] = False
             full.add(group)
-    if limit - spent(keep) > CLOSE * limit:
-        keep = _closer(objective, s, keep, rest, limit)
-    return keep
+    return _closer(objective, s, keep, blocks, limit) if left() > CLOSE * limit else keep
 
 
 def _blocks(objective: Objective, s: Tensor, floor: Sequence[int]) -> list[Tensor]:

@@ -19,8 +19,11 @@ MOMENTUM = 0.9
 # Measured: with 1, groups move as blocks down to their floors, and the widths end up worse than uniform ones on
 # Fashion-MNIST; with 0, the norms of the trained weights decide alone.
 REACH = 0.3
-# Candidates of a supernet start alike, and must come apart: they move farther by this factor.
+# Candidates of a supernet start alike, and must come apart: they move farther by this factor. They start below all
+# channels: next to the whole supernet a budget is small, and with candidates and channels at one height the channels
+# around the candidates, which count in each of them, go down to their floors (docs/benchmarks.md).
 CANDIDATES_REACH = 1 / REACH
+CANDIDATES_START = 0.0
 # From this share of a search on, the structure is that of the cut. A unit that would help while closed and hurt while
 # open keeps its score at the price: left alone, some 10 % of the gates end there, undecided.
 SETTLED = 0.75
@@ -59,7 +62,8 @@ def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
 class Scores:
     """What every unit is worth, and what the gates should be at each step of a search under an objective.
 
-    A gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's weights and collects
+    A gate's ``s`` is ``score - price``: the score starts at the relative norm of the unit's weights (in a supernet, at
+    its rank by that; candidates start below) and collects
     ``-dL/dg`` per unit of cost; the price is set at every step so that the expected cost follows a descent to the
     target. A gate thus closes when it is worth less, per cost, than what the budget can afford, and reopens when it is
     worth more, until the last quarter of the search: there the structure stands, while weights and norm statistics
@@ -67,7 +71,7 @@ class Scores:
 
     Args:
         objective: what the search is held to.
-        start: the first scores, float64 ``[units]``.
+        start: norms of the units, 1 on average in each group, float64 ``[units]``.
         steps: planned number of steps.
         reach: how far a steady task gradient of average size moves a score over a whole search.
 
@@ -88,6 +92,8 @@ class Scores:
         self.scale = start.new_zeros(2)  # mean squares: of channels, of candidates
         chosen = torch.tensor(objective.choices, device=start.device)[objective.group_of]
         self.choices = chosen.nonzero().flatten()  # units that are candidates of a supernet
+        if len(self.choices):
+            self.value = _spread(start, objective.sizes).index_fill(0, self.choices, CANDIDATES_START)
         self.cheap = 0.1 * objective.whole[self.choices].mean()
         self.delta = torch.tensor([delta_per_step(t, steps) for t in range(steps)]).to(start)
         self.moving = max(1, round(SETTLED * steps))
@@ -138,6 +144,15 @@ class Scores:
         keep = exact_cut(objective, self.value, self.floor)
         self.structure.copy_(keep.double() * 2 - 1)
         broadcast_(self.structure)
+
+
+def _spread(score: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The units of each group in the same order, at even distances from 0 to 2.
+
+    At the high price of a supernet's budget, a group whose norms are nearly equal would close as a block.
+    """
+    parts = [2 * (part.argsort(stable=True).argsort() + 0.5) / len(part) for part in score.split(list(sizes))]
+    return torch.cat(parts)
 
 
 def _normalised(worth: Tensor, scale: Tensor) -> Tensor:
