@@ -177,7 +177,8 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
             _holder(modules, name)
     except KeyError as error:
         raise DNALError(f"the model's state has a {error} that is no parameter or buffer of a module") from error
-    new = {name: _like(own[name], tensor) for name, tensor in tensors.items()}
+    # what lies on a device can run out of its memory: it is there ahead of the first change
+    new = {name: _like(own[name], tensor) for name, tensor in tensors.items() if own[name].device.type != "cpu"}
 
     drop(model, header.choices)  # the first change
     adapt(model)
@@ -191,10 +192,13 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         setattr(*_holder(modules, number), value)
     changes = {name: getattr(header, name) for name in ("choices", "baked", "stored", "unsaved")}
     setattr(model, CHANGES, changes)
-    for name in own:
+    for name in list(own):  # one at a time, so that the memory of the old tensors serves the new ones
+        old, first = own.pop(name), header.aliases.get(name, name)
+        if first not in new:
+            new[first] = _like(own.get(first, old), tensors[first])
         module, attribute = _holder(modules, name)
-        held: dict[str, Any] = module._parameters if isinstance(own[name], nn.Parameter) else module._buffers
-        held[attribute] = new[header.aliases.get(name, name)]
+        held: dict[str, Any] = module._parameters if isinstance(old, nn.Parameter) else module._buffers
+        held[attribute] = new[first]
     return model
 
 

@@ -17,7 +17,7 @@ from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, sa
 from dnal_nni.choices import Cell, Choice, Depth, Inputs, Mixture
 from dnal_nni.cut import exact_cut
 from dnal_nni.gate import GateState, ScaledSigmoidGate
-from dnal_nni.scores import Scores
+from dnal_nni.scores import Scores, importance
 from dnal_nni.verify import random_keep
 
 ALL = [{"op_types": ["Conv2d", "Linear"]}]
@@ -186,6 +186,32 @@ def test_a_search_meets_the_budget_and_leaves_every_choice_a_candidate(flops: fl
     assert all(len(choice.units) >= choice.least for choice in slim.modules() if isinstance(choice, Choice))
     removed = sum(g.units - g.kept for g in pruner.report.groups if g.name in ("one", "outer", "depth", "cell.nodes.0"))
     assert removed > 0 or flops > 0.5
+
+
+def test_whole_candidates_go_ahead_of_channels() -> None:
+    torch.manual_seed(0)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+    model = nn.Sequential(nn.Conv2d(1, 12, 3, 1, 1), *(Mixture(_six(), str(i)) for i in range(3)), *head)
+    for mixture in model[1:4]:
+        for candidate in mixture.children():  # norms nearly equal around the candidates, far apart inside of them
+            candidate[0].weight.data *= torch.logspace(-2, 0, 24).view(-1, 1, 1, 1)
+            candidate[1].weight.data /= candidate[1].weight.data.square().sum((1, 2, 3), keepdim=True).sqrt()
+    pruner = DNALPruner(model, ALL, dummy_input=torch.randn(1, 1, 8, 8), budget=Budget(flops=0.1), verify_seconds=5)
+    objective, active = pruner._objective, pruner._active
+    assert objective is not None
+    scores = Scores(objective, importance(pruner.bound_model, active), steps=10)
+    keep = dict(zip(pruner.gates, exact_cut(objective, scores.value, scores.floor).split(pruner._cost.sizes)))
+    assert float(objective.relative(torch.cat([*keep.values()]).double())[0]) == pytest.approx(0.1, rel=0.01)
+    assert all(int(keep[group.name].sum()) == 1 for group in active if group.choice)
+    around = [int(keep[group.name].sum()) for group in active if group.channels == 12]
+    assert len(around) == 4 and max(around) - min(around) <= 1 and min(around) >= 8, around
+
+
+def _six() -> dict[str, nn.Module]:
+    return {
+        f"c{i}": nn.Sequential(nn.Conv2d(12, 24, 3, 1, 1, bias=False), nn.Conv2d(24, 12, 3, 1, 1, bias=False))
+        for i in range(6)
+    }
 
 
 def test_what_must_stay_of_a_choice_depends_on_the_price() -> None:
