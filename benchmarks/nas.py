@@ -16,7 +16,7 @@ its blocks, as near as whole channels allow. Accuracies are compared at what was
 - random_oneshot: NNI's supernet trained on random paths, of which it exports a random one.
 - random: `--samples` architectures, each trained for an equal share of the epochs of search; the best one on a fifth of
   the images is retrained. random_one: a single one, retrained, with no search. random_long: that one, trained for the
-  epochs of the search too.
+  epochs of the search too; cheapest_long: the cheapest candidate everywhere, likewise.
 - dnal: goes on with the weights of the search, as the paper does; dnal_scratch: those networks from new weights, as
   for all others; dnal_single: one candidate a layer, from new weights.
 """
@@ -60,7 +60,7 @@ from dnal_nni import Budget, DNALStrategy, measure
 NNIS: dict[str, Any] = {
     "darts": nnis.DARTS, "gumbel": nnis.GumbelDARTS, "proxyless": nnis.Proxyless, "random_oneshot": nnis.RandomOneShot
 }  # fmt: skip
-METHODS = ["dnal", "dnal_scratch", "dnal_single", *NNIS, "random", "random_one", "random_long"]
+METHODS = ["dnal", "dnal_scratch", "dnal_single", *NNIS, "random", "random_one", "random_long", "cheapest_long"]
 LR = 0.05
 
 
@@ -171,6 +171,8 @@ def one(job: Job) -> dict[str, Any]:
     else:
         if job.method in ("random_one", "random_long"):
             architecture = sampled(job, random.Random(job.seed))
+        elif job.method == "cheapest_long":
+            architecture = {label: choice.values[0] for label, choice in Supernet(**job.config).simplify().items()}
         else:
             architecture = random_search(job, data) if job.method == "random" else nni_search(job, data)
         model = network(job, architecture, image)
@@ -178,7 +180,7 @@ def one(job: Job) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cost = measure(copy.deepcopy(model), image)
     before = time.perf_counter()
-    train(model, data, job.retrain + (job.epochs if job.method == "random_long" else 0), job.seed)
+    train(model, data, job.retrain + (job.epochs if job.method.endswith("_long") else 0), job.seed)
     return {
         "accuracy": accuracy(model, data[1], data[3]), "flops": cost.flops, "params": cost.params,
         "search_seconds": searched, "retrain_seconds": time.perf_counter() - before, "peak_bytes": memory,

@@ -3,7 +3,7 @@
     python examples/supernet.py --out out/supernet
     python examples/supernet.py --data fashion --root DIR --images 10000 --epochs 10 --out out/supernet_fashion
 
-The first takes two to three minutes on one CPU core and downloads nothing; expect some 99 % accuracy. DIR holds
+The first takes one to two minutes on one CPU core and downloads nothing; expect some 99 % accuracy. DIR holds
 FashionMNIST/raw. Needs pytorch_lightning: pip install -e ".[examples,lightning]". Writes OUT/network.png, the
 operations and widths that were kept, OUT/network.safetensors and OUT/report.json.
 """
