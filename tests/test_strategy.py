@@ -113,6 +113,7 @@ def test_the_page_about_supernets_runs(tmp_path: Path, monkeypatch: pytest.Monke
 HUB: dict[str, tuple[Callable[[], ModelSpace], int]] = {  # at their published widths
     "proxyless": (lambda: ProxylessNAS(10), 32),
     "mobilenetv3": (lambda: MobileNetV3Space(10), 32),
+    "paper": (lambda: Supernet(10), 32),
     "darts": (lambda: DARTS(width=16, num_cells=8, dataset="cifar"), 16),
 }
 
