@@ -160,6 +160,22 @@ class Objective:
         must, may = best_of_group(worth, self.group_of, torch.stack([self._must, self._may]))
         return must, may
 
+    def neighbours(self, keep: Tensor) -> Tensor:
+        """Bool ``[n, units]``: ``keep`` with a candidate more, or another one of a choice of which no more may stay."""
+        found = []
+        for unit in range(len(keep)):
+            group = self.group_of[unit]
+            if keep[unit] or not self.choices[group]:
+                continue
+            same = self.group_of == group
+            now = (keep & same).nonzero().flatten().tolist()
+            for other in [unit] if len(now) < int(self._may[same].sum()) else now:
+                mask = keep.clone()
+                mask[other] = False
+                mask[unit] = True
+                found.append(mask)
+        return torch.stack(found) if found else keep.new_zeros(0, len(keep))
+
     def _smallest(self, counts: Sequence[int]) -> Tensor:
         """Gates with so many open channels in each group, and the cheapest candidates: float64 ``[units]``."""
         channels = [0 if choice else count for count, choice in zip(counts, self.choices)]

@@ -15,6 +15,7 @@ from .cost import Complexity
 CLOSE = 5e-3  # a gap below the budget that is left as it is
 CORRECTIONS, TOLERANCE = 8, 2e-3  # cuts that are measured; relative distance to the budget at which that ends
 TRIES, CHUNK = 5000, 256  # structures that are tried to close a larger one; in one pass over the cost model
+CANDIDATE_TRIES = 32  # sets of candidates that are tried where widths alone cannot close it
 
 
 def measured_cut(
@@ -97,18 +98,51 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     # which candidates are open is settled with the price
     rest = [block for block in blocks if not is_choice(block)]
     keep = _filled(objective, s, keep, rest, limit)
-    if limit - spent(keep) <= CLOSE * limit or low == len(blocks) or not is_choice(blocks[low]):
-        return keep
-    wider = best(low + 1)  # candidates are coarse: one more of them, and as many channels less
+    return keep if limit - spent(keep) <= CLOSE * limit else _with_other_candidates(objective, s, keep, rest, limit)
 
-    def narrowed(count: int) -> Tensor:
-        trial = wider.clone()
-        trial[torch.cat([*rest[len(rest) - count :], torch.zeros(0, dtype=torch.int64)])] = False
-        return trial
 
-    count = bisect.bisect_left(range(len(rest)), True, key=lambda count: spent(narrowed(count)) <= limit)
-    wider = _filled(objective, s, narrowed(count), rest, limit)
-    return wider if spent(keep) < spent(wider) <= limit else keep
+def _with_other_candidates(
+    objective: Objective, s: Tensor, keep: Tensor, rest: Sequence[Tensor], limit: float
+) -> Tensor:
+    """``keep`` with dearer candidates, and as many of the ``rest``, all of them channels, as then fit.
+
+    Candidates are coarse: between two sets of them lie costs that no width of the smaller one reaches. The best-scored
+    change of one candidate is made until there is a set whose channels can take the cost to the limit.
+    """
+
+    def spent(masks: Tensor) -> Tensor:
+        return objective.relative(masks.double())[..., 0]
+
+    def fitted(mask: Tensor) -> Tensor:
+        def without(count: int) -> Tensor:
+            trial = mask.clone()
+            trial[torch.cat([*rest[len(rest) - count :], torch.zeros(0, dtype=torch.int64)])] = False
+            return trial
+
+        count = bisect.bisect_left(range(len(rest)), True, key=lambda count: float(spent(without(count))) <= limit)
+        trial = without(count)
+        return trial if float(spent(trial)) >= limit * (1 - CLOSE) else _filled(objective, s, trial, rest, limit)
+
+    best, full = keep, keep.clone()
+    full[torch.cat([*rest, torch.zeros(0, dtype=torch.int64)])] = True
+    tries = CANDIDATE_TRIES
+    while tries > 0:
+        near = objective.neighbours(full)
+        near = near[spent(near) > spent(full) * (1 + 1e-9)]
+        near = near[((near.double() - full.double()) @ s).argsort(descending=True, stable=True)]
+        if not len(near):
+            break
+        costs = spent(near)
+        whole = near[costs <= limit]  # with all channels: the dearest of them is a cut already
+        for mask in [*near[costs >= limit * (1 - CLOSE)][:tries], *whole[spent(whole).argsort()[-1:]]]:
+            tries -= 1
+            trial = fitted(mask)
+            if spent(best) < spent(trial) <= limit:
+                best = trial
+            if spent(best) >= limit * (1 - CLOSE):
+                return best
+        full = near[0]
+    return best
 
 
 def _filled(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tensor], limit: float) -> Tensor:

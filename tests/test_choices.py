@@ -207,6 +207,26 @@ def test_whole_candidates_go_ahead_of_channels() -> None:
     assert len(around) == 4 and max(around) - min(around) <= 1 and min(around) >= 8, around
 
 
+@pytest.mark.parametrize("most", [None, 1])
+@pytest.mark.parametrize("flops", [0.12, 0.2, 0.28])
+def test_a_cut_meets_the_budget_whatever_the_scores(flops: float, most: int | None) -> None:
+    torch.manual_seed(0)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, 1, 1), *(branches(str(i), (3, 5, 7)) for i in range(4)), *head)
+    for mixture in model[1:5]:
+        mixture.most = most
+    pruner = DNALPruner(model, ALL, dummy_input=torch.randn(1, 1, 8, 8), budget=Budget(flops=flops), verify_seconds=5)
+    objective = pruner._objective
+    assert objective is not None
+    scores = Scores(objective, importance(pruner.bound_model, pruner._active), steps=10)
+    for _ in range(5):
+        score = scores.value + 0.3 * torch.randn(len(scores.value), dtype=torch.float64)
+        keep = exact_cut(objective, score, scores.floor)
+        assert float(objective.relative(keep.double())[0]) == pytest.approx(flops, rel=0.01)
+        kept = [int(k.sum()) for k, g in zip(keep.split(pruner._cost.sizes), pruner._active) if g.choice]
+        assert len(kept) == 4 and min(kept) >= 1 and max(kept) <= (most or 6)
+
+
 def _six() -> dict[str, nn.Module]:
     return {
         f"c{i}": nn.Sequential(nn.Conv2d(12, 24, 3, 1, 1, bias=False), nn.Conv2d(24, 12, 3, 1, 1, bias=False))
