@@ -75,9 +75,6 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     def spent(mask: Tensor) -> float:
         return float(objective.relative(mask.double())[0])
 
-    def is_choice(block: Tensor) -> bool:
-        return objective.choices[int(objective.group_of[block[0]])]
-
     smallest = keep
 
     def best(count: int, above: float = 0.0) -> Tensor:
@@ -96,7 +93,7 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     while spent(keep) > limit and above < 1e6:  # cheaper candidates, at a price that no unit is worth
         keep, above = best(0, above), 1.5 * above
     # which candidates are open is settled with the price
-    rest = [block for block in blocks if not is_choice(block)]
+    rest = [block for block in blocks if not objective.choices[objective.group_of[block[0]]]]
     keep = _filled(objective, s, keep, rest, limit)
     return keep if limit - spent(keep) <= CLOSE * limit else _with_other_candidates(objective, s, keep, rest, limit)
 
