@@ -17,8 +17,8 @@ import peers
 import torch
 from torch import Tensor
 
-from dnal_nni.budget import Objective, first_ranks
-from dnal_nni.scores import REACH, Scores
+from dnal_nni.search.objective import Objective, first_ranks
+from dnal_nni.search.scores import REACH, Scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ from cifar_models import MODELS, init_weights
 from engine import Weights
 
 from dnal_nni import Budget, DNALPruner, measure
-from dnal_nni.cut import exact_cut
-from dnal_nni.scores import importance
+from dnal_nni.search.close import exact_cut
+from dnal_nni.search.importance import importance
 
 Sample = tuple[Tensor, Tensor]  # images float [n, 3, 32, 32], labels int64 [n]
 CONV = [{"op_types": ["Conv2d"]}]

@@ -23,7 +23,7 @@ from cifar_data import augmented
 from torch import Tensor, nn
 
 from dnal_nni import DNALPruner
-from dnal_nni.gate import AffineGate
+from dnal_nni.modules.gates import AffineGate
 
 WARM_UP_STEPS = 3  # ordinary steps ahead of a CUDA graph
 TEMPERATURE = 4.0  # of soft labels (Hinton et al., arXiv 1503.02531)

@@ -26,9 +26,9 @@ from provenance import device_name, provenance
 from torch import Tensor, nn
 from zoo import CUT, CUT_SEED
 
-from dnal_nni.groups import find_groups
-from dnal_nni.slim import slim_copy
-from dnal_nni.verify import random_keep, verify_and_freeze
+from dnal_nni.channels.groups import find_groups
+from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.surgery.verify import random_keep, verify_and_freeze
 
 CLASSIFIER = {"resnet50": "fc", "densenet121": "classifier"}
 

@@ -24,10 +24,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dnal_nni import Budget, DNALPruner
-from dnal_nni.cost import CostModel
-from dnal_nni.groups import find_groups
-from dnal_nni.slim import slim_copy
-from dnal_nni.verify import check_equal, random_keep, verify_and_freeze
+from dnal_nni.channels.groups import find_groups
+from dnal_nni.cost.model import CostModel
+from dnal_nni.surgery.compare import check_equal
+from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.surgery.verify import random_keep, verify_and_freeze
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -24,9 +24,9 @@ from torch import nn
 from zoo_models import MODELS
 
 from dnal_nni import load_compressed, save_compressed
-from dnal_nni.groups import find_groups
-from dnal_nni.slim import slim_copy
-from dnal_nni.verify import random_keep
+from dnal_nni.channels.groups import find_groups
+from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.surgery.verify import random_keep
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "densenet121", "swin_t", "vit_b_16", "convnext_tiny")
 

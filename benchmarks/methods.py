@@ -32,10 +32,10 @@ from engine import Training, Weights, batches, offload
 from nni_cuts import cut_nni, train_slim
 from torch import Tensor
 
-from dnal_nni.budget import Objective
-from dnal_nni.schedule import delta_paper
-from dnal_nni.scores import Scores
-from dnal_nni.search import PAPER_LR, PAPER_MOMENTUM
+from dnal_nni.search.loop import PAPER_LR, PAPER_MOMENTUM
+from dnal_nni.search.objective import Objective
+from dnal_nni.search.schedule import delta_paper
+from dnal_nni.search.scores import Scores
 
 if TYPE_CHECKING:
     from peers import Bench

@@ -18,8 +18,8 @@ from engine import Weights
 from torch import Tensor, nn
 
 from dnal_nni import DNALPruner
-from dnal_nni.masks import closed_channels, decide, votes_on
-from dnal_nni.scores import importance
+from dnal_nni.plugin.masks import closed_channels, decide, votes_on
+from dnal_nni.search.importance import importance
 
 LAYERS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from zoo import randomise
 
 from dnal_nni import DNALError, measure, speedup
-from dnal_nni.groups import find_groups
-from dnal_nni.masks import _masked, closed_channels, decide, votes_on
+from dnal_nni.channels.groups import find_groups
+from dnal_nni.plugin.masks import _masked, closed_channels, decide, votes_on
 
 RESULTS = Path(__file__).parent / "results" / "nni_speedup.jsonl"
 TABLE = Path(__file__).parents[1] / "docs" / "nni-speedup.md"

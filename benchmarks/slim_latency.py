@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dnal_nni import Budget, DNALPruner, measure
-from dnal_nni.latency import latencies
+from dnal_nni.cost.latency import latencies
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2")
 STEPS = 12

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dnal_nni import Budget, DNALPruner
-from dnal_nni.gate import ScaledSigmoidGate
+from dnal_nni.modules.gates import ScaledSigmoidGate
 
 NETWORKS = {"resnet56": 32, "mobilenet_v2": 64, "resnet50": 64, "densenet121": 64}  # pixels
 LAYERS = [{"op_types": ["Conv2d"]}]

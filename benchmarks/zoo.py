@@ -40,10 +40,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo_models import MODELS, Entry
 
 from dnal_nni import measure
-from dnal_nni.graph import FORWARD_ERRORS
-from dnal_nni.groups import find_groups
-from dnal_nni.slim import slim_copy
-from dnal_nni.verify import hard_gated_copy, random_keep, verify_and_freeze
+from dnal_nni.channels.groups import find_groups
+from dnal_nni.modules.running import FORWARD_ERRORS
+from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_freeze
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"

@@ -5,34 +5,38 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .moved import install
+
 if TYPE_CHECKING:
-    from .adapters import register_adapter as register_adapter
     from .budget import Budget as Budget
-    from .checkpoint import load_compressed as load_compressed
-    from .checkpoint import save_compressed as save_compressed
-    from .cost import Complexity as Complexity
-    from .cost import measure as measure
+    from .budget import Complexity as Complexity
+    from .cost.count import measure as measure
     from .errors import DNALError as DNALError
-    from .masks import speedup as speedup
-    from .pruner import DNALPruner as DNALPruner
-    from .strategy import DNALStrategy as DNALStrategy
+    from .modules.adapters import register_adapter as register_adapter
+    from .plugin.masks import speedup as speedup
+    from .plugin.pruner import DNALPruner as DNALPruner
+    from .plugin.strategies.dnal import DNALStrategy as DNALStrategy
+    from .storage.compressed import load_compressed as load_compressed
+    from .storage.compressed import save_compressed as save_compressed
 
 __version__ = "0.1.0"
 
 # imported at first use: `import dnal_nni` needs neither nni nor matplotlib
 _HOME = {
     "Budget": "budget",
-    "Complexity": "cost",
+    "Complexity": "budget",
     "DNALError": "errors",
-    "DNALPruner": "pruner",
-    "DNALStrategy": "strategy",
-    "load_compressed": "checkpoint",
-    "measure": "cost",
-    "register_adapter": "adapters",
-    "save_compressed": "checkpoint",
-    "speedup": "masks",
+    "DNALPruner": "plugin.pruner",
+    "DNALStrategy": "plugin.strategies.dnal",
+    "load_compressed": "storage.compressed",
+    "measure": "cost.count",
+    "register_adapter": "modules.adapters",
+    "save_compressed": "storage.compressed",
+    "speedup": "plugin.masks",
 }
 __all__ = [name for name in _HOME if name != "DNALStrategy"]  # for which pytorch_lightning must be installed
+
+install()
 
 
 def __getattr__(name: str) -> Any:

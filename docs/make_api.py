@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import dnal_nni
-from dnal_nni.gate import ScaledSigmoidGate
-from dnal_nni.groups import ChannelGroup, Member
-from dnal_nni.report import GroupReport, Report
-from dnal_nni.search import Search
+from dnal_nni.channels.groups import ChannelGroup, Member
+from dnal_nni.modules.gates import ScaledSigmoidGate
+from dnal_nni.report.record import GroupReport, Report
+from dnal_nni.search.loop import Search
 
 HEAD = """# API
 

@@ -317,7 +317,7 @@ def write_report(
     slim: nn.Module, search: dict[str, Any], finetune: dict[str, Any], test: Images, args: argparse.Namespace
 ) -> None:
     from dnal_nni import measure
-    from dnal_nni.latency import latencies
+    from dnal_nni.cost.latency import latencies
 
     dense, train = trained_model(test.classes, args)
     image = normalised(test.pixels[:1])

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
 from dnal_nni import Budget, DNALPruner
-from dnal_nni.latency import latencies
+from dnal_nni.cost.latency import latencies
 
 BATCH = 64
 

@@ -32,7 +32,7 @@ from quickstart import accuracy, digits
 from supernet_space import DIGITS, FASHION, Supernet
 
 from dnal_nni import Budget, DNALStrategy, save_compressed
-from dnal_nni.choices import Mixture
+from dnal_nni.modules.choices import Mixture
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images to train on, to test on, labels of both
 

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from dnal_nni import Budget, DNALPruner
-from dnal_nni.evaluators import (
-    TorchEvaluator,
-    check_evaluator,
-    patch_steps,
-    ready,
-)
+from dnal_nni.plugin.evaluators import TorchEvaluator, check_evaluator, patch_steps, ready
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -1,0 +1,243 @@
+"""The labels of tensors: for every element the channel that it belongs to.
+
+Labels are arrays that have size 1 along the axes where the channel does not change (``[1, C, 1, 1]`` behind a
+convolution). :mod:`dnal_nni.channels.rules` says how they pass through an operation, in terms of what is here:
+channels that *meet* are coupled, channels that are *mixed* are frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .graph import CouplingGraph, Vertex
+
+Arrays = tuple[Tensor, ...]
+Site = frozenset[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Which channels a tensor's elements belong to.
+
+    Attributes:
+        shape: shape of the tensor.
+        arrays: int64 channel ids, each with the tensor's number of dimensions and size 1 or the tensor's along each;
+            -1: a fixed position. Usually one array; a bare parameter has one for each of its axes.
+        site: norms whose affine zeroes the channels, see :class:`~dnal_nni.channels.graph.CouplingGraph`.
+    """
+
+    shape: torch.Size
+    arrays: Arrays
+    site: Site
+
+
+def axes_of(array: Tensor) -> tuple[int, ...]:
+    """The axes along which the channel changes."""
+    return tuple(i for i, n in enumerate(array.shape) if n > 1)
+
+
+def lay(line: Tensor, axis: int, rank: int) -> Tensor:
+    """A line of labels, laid along one axis of a tensor."""
+    return line.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def compress(array: Tensor) -> Tensor:
+    """The same labels with size 1 along every axis where the channel does not change."""
+    for axis in range(array.dim()):
+        if array.shape[axis] > 1:
+            first = array.narrow(axis, 0, 1)
+            if array.stride(axis) == 0 or bool((array == first).all()):
+                array = first
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSize:
+    """A number that a forward passed to an operation, and the channels that it counts.
+
+    Attributes:
+        path: the module whose forward it was.
+        sizes: the number; all of them, where it is one of a list of sizes.
+        position: where in that list; None for a number by itself.
+        ids: channel ids, an axis for each axis of the tensor; ``axis`` is the one counted.
+    """
+
+    path: str
+    sizes: tuple[int, ...]
+    position: int | None
+    ids: Tensor
+    axis: int
+
+
+class Flow:
+    """The labels of every tensor that is alive during a trace.
+
+    Args:
+        graph: receives the couplings.
+        leaf: labels of a parameter or buffer that an operation reads directly, None for any other tensor.
+        frame: path and class name of the module whose forward is running.
+    """
+
+    def __init__(
+        self, graph: CouplingGraph, leaf: Callable[[Tensor], Labels | None], frame: Callable[[], tuple[str, str]]
+    ) -> None:
+        self.graph = graph
+        self._leaf = leaf
+        self.frame = frame
+        self._labels: Any = WeakIdKeyDictionary()
+        self.stored_sizes: list[StoredSize] = []
+
+    # -- labels -------------------------------------------------------------------------------------------------------
+
+    def of(self, tensor: Any) -> Labels | None:
+        """Labels of a tensor, None where nothing in it can be removed."""
+        if not isinstance(tensor, Tensor):
+            return None
+        known: Labels | None = self._labels.get(tensor)
+        return known if known is not None else self._leaf(tensor)
+
+    def put(self, tensor: Any, arrays: Iterable[Tensor], site: Site) -> None:
+        """Label a new tensor. Arrays that nothing can be removed from are dropped; the last channel left must stay."""
+        arrays = tuple(arrays)
+        for single in (a for a in arrays if a.numel() == 1):
+            self.graph.freeze(single, self.why("a single channel is taken by itself"))
+        arrays = tuple(a for a in arrays if a.numel() > 1 and bool((a >= 0).any()))
+        if isinstance(tensor, Tensor):
+            if arrays:
+                self._labels[tensor] = Labels(tensor.shape, arrays, site)
+            else:
+                self._labels.pop(tensor, None)
+
+    def why(self, what: str) -> str:
+        """A reason, and the module in whose forward it lies."""
+        path, name = self.frame()
+        return f"{path + ': ' if path else ''}{what} in {name}.forward"
+
+    def freeze(self, labels: Labels | None, what: str) -> None:
+        """Keep every channel of a tensor."""
+        for array in labels.arrays if labels else ():
+            self.graph.freeze(array, self.why(what))
+
+    def parameter(self, array: Tensor) -> Vertex | None:
+        """The vertex of the bare parameter or buffer whose untouched labels ``array`` are."""
+        ids = array.reshape(-1)
+        return next(
+            (v for v in self.graph.vertices.values() if v.dim is not None and torch.equal(v.ids, ids)), None
+        )
+
+    def mix(self, labels: Labels | None, axes: Sequence[int], what: str) -> Arrays:
+        """The arrays behind an operation that combines all elements along ``axes``, which keep their size.
+
+        Channels that differ only along those axes are frozen; where they differ along others too, they are coupled
+        along ``axes``: whole slices may still go.
+        """
+        if labels is None:
+            return ()
+        axes = [axis % len(labels.shape) for axis in axes]
+        left = []
+        for array in labels.arrays:
+            mixed = [axis for axis in axes_of(array) if axis in axes]
+            if mixed and set(axes_of(array)) <= set(axes):
+                self.graph.freeze(array, self.why(what))
+                continue
+            if mixed:
+                first = array
+                for axis in mixed:
+                    first = first.narrow(axis, 0, 1)
+                self.graph.couple(first, array, self.why(what))
+                array = first
+            left.append(array)
+        return tuple(left)
+
+    def meet(self, operands: Sequence[tuple[Sequence[int], Arrays]], what: str) -> list[Tensor]:
+        """Arrays of the broadcast result of tensors, given as (shape, arrays): what meets is coupled.
+
+        An axis of full size without labels cannot be cut: channels that meet it are frozen.
+        """
+        rank = max(len(shape) for shape, _ in operands)
+        sizes = [(1,) * (rank - len(shape)) + tuple(shape) for shape, _ in operands]
+        aligned = [
+            [array.reshape((1,) * (rank - array.dim()) + array.shape) for array in arrays] for _, arrays in operands
+        ]
+        result: list[Tensor] = []
+        for i, arrays in enumerate(aligned):
+            for array in arrays:
+                axes = axes_of(array)
+                alive = True
+                for j, others in enumerate(aligned):
+                    if i == j or all(sizes[j][axis] == 1 for axis in axes):
+                        continue
+                    partners = [other for other in others if set(axes_of(other)) & set(axes)]
+                    if not partners:
+                        self.graph.freeze(array, self.why(what))
+                        alive = False
+                        break
+                    if j > i:
+                        for partner in partners:
+                            self.graph.couple(array, partner, self.why(what))
+                # of coupled arrays the one with most axes stays: it still names every channel
+                if alive and not any(set(axes) <= set(axes_of(kept)) for kept in result):
+                    result = [kept for kept in result if not set(axes_of(kept)) <= set(axes)] + [array]
+        return result
+
+    def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
+        """Remember numbers among the arguments of an operation that count labelled positions of ``array``."""
+        given = {n for n in numbers if isinstance(n, int)}
+        path = self.frame()[0]
+        for axis in axes_of(array):
+            if shape[axis] in given:
+                self.stored_sizes.append(StoredSize(path, (shape[axis],), None, array, axis))
+
+    def forget_sites(self, changed: Tensor) -> None:
+        """After an in-place change of a part of a tensor, its norms no longer zero the channels of the whole."""
+        storage = changed.untyped_storage()
+        if storage.nbytes() == changed.numel() * changed.element_size():
+            return
+        for tensor, labels in list(self._labels.items()):
+            if labels.site is not None and tensor.untyped_storage().data_ptr() == storage.data_ptr():
+                self._labels[tensor] = dataclasses.replace(labels, site=None)
+
+
+@dataclasses.dataclass
+class Operation:
+    """One call of an ATen operation.
+
+    Attributes:
+        func: the overload, as PyTorch dispatched it.
+        args, kwargs: what it was called with.
+        out: what it returned.
+        labels: of every tensor among the arguments, in their order; None where nothing can be removed.
+        zero: for pointwise operations: is the result 0 where the tensors of these numbers are?
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    labels: list[Labels | None]
+    zero: Callable[[set[int]], bool] | None
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket.__name__).strip("_")
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operation's schema."""
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
+        return default
+
+    @property
+    def numbers(self) -> list[Any]:
+        return _flatten([self.args, list(self.kwargs.values())])
+
+
+def _flatten(x: Any) -> list[Any]:
+    return [z for y in x for z in _flatten(y)] if isinstance(x, (list, tuple)) else [x]

@@ -1,0 +1,152 @@
+"""The coupling graph: which channels of which layers can only be removed together.
+
+Every channel of every side of a layer is a vertex. Whatever makes two channels stand or fall together (an addition, a
+depthwise convolution, a concat's position ...) is an edge, and a *unit* is a connected component: linear time, always
+ends. :mod:`dnal_nni.channels.trace` draws the edges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+Side = Literal["out", "in", "both", "size", "choice"]
+"""Output or input channels of a convolution or linear layer; "both" for layers and tensors that channels pass
+through; "size" for a number that a module keeps about its channels, such as ``num_heads``; "choice" for the units of a
+:class:`~dnal_nni.modules.choices.Choice`."""
+
+
+VertexKey = tuple[str, Side, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vertex:
+    """The channels ``offset .. offset + size`` of the graph: one side of a layer, or one dimension of a bare tensor.
+
+    Attributes:
+        path: dotted path of the module, parameter, buffer or stored number.
+        side: see :data:`Side`.
+        dim: the dimension of a bare parameter or buffer; None for a module.
+    """
+
+    path: str
+    side: Side
+    dim: int | None
+    size: int
+    offset: int
+
+    @property
+    def key(self) -> VertexKey:
+        return self.path, self.side, self.dim
+
+    @property
+    def ids(self) -> Tensor:
+        """The channels, int64 ``[size]``."""
+        return torch.arange(self.offset, self.offset + self.size)
+
+
+class CouplingGraph:
+    """Vertices, edges, and what may not be removed. Channel ids are int64; -1 stands for a fixed position."""
+
+    def __init__(self) -> None:
+        self.vertices: dict[VertexKey, Vertex] = {}
+        self.producers: set[VertexKey] = set()
+        """Where channels start: the outputs of layers that mix their inputs."""
+        self.total = 0
+        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self._frozen: list[tuple[np.ndarray, str]] = []
+        self._rectangles: list[tuple[np.ndarray, int | None]] = []
+        self.sites: dict[VertexKey, frozenset[str] | None] = {}
+        """For every reader of channels: the norms that a channel passes last on its way there; a gate on the affine of
+        those zeroes the channel. None where some way there passes no norm."""
+
+    def vertex(self, path: str, side: Side, size: int, dim: int | None = None) -> Vertex:
+        """The vertex of one side of a layer, made at first use."""
+        key = (path, side, dim)
+        if key not in self.vertices:
+            self.vertices[key] = Vertex(path, side, dim, size, self.total)
+            self.total += size
+        return self.vertices[key]
+
+    def couple(self, a: Tensor, b: Tensor, why_fixed: str) -> None:
+        """Let ``a`` and ``b`` (ids, broadcast against each other) stand and fall together; -1 fixes its partner."""
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
+        free = (left >= 0) & (right >= 0)
+        self._edges.append((left[free], right[free]))
+        if not free.all():
+            self.freeze(torch.from_numpy(np.maximum(left, right)[~free]), why_fixed)
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        """Keep these channels, and whatever is coupled with them."""
+        self._frozen.append((np.unique(ids[ids >= 0].numpy()), reason))
+
+    def require_rectangle(self, ids: Tensor, axis: int | None = None) -> None:
+        """``ids`` lie in a tensor with several axes: what is removed must be whole slices along one of them.
+
+        Args:
+            ids: channel ids, with an axis for each axis of the tensor.
+            axis: the axis that may lose slices; None: the longest one that is not settled by other couplings.
+        """
+        if bool((ids < 0).any()):
+            self.freeze(ids, "its channels lie among fixed ones in a tensor of several axes")
+        self._rectangles.append((ids.numpy(), axis))
+
+    def read_by(self, vertex: Vertex, site: frozenset[str] | None) -> None:
+        """Note the gate site of the channels that arrive at a reader; of several calls, all must have one."""
+        before = self.sites.get(vertex.key, frozenset())
+        self.sites[vertex.key] = None if site is None or before is None else before | site
+
+    def units(self) -> np.ndarray:
+        """The unit of every channel, int ``[total]``."""
+        while True:
+            labels = self._components()
+            pending = [
+                edge for ids, axis in self._rectangles if (edge := _straighten(ids, labels, axis)) is not None
+            ]
+            if not pending:
+                return labels
+            self._edges.append(_joined(pending))
+
+    def _components(self) -> np.ndarray:
+        left, right = _joined(self._edges)
+        links = coo_array((np.ones(left.size, dtype=np.int8), (left, right)), shape=(self.total, self.total))
+        return np.asarray(connected_components(links, directed=False)[1], dtype=np.int64)
+
+    def frozen_units(self, labels: np.ndarray) -> dict[int, str]:
+        """Units that must stay, with the reason given first."""
+        frozen: dict[int, str] = {}
+        for ids, reason in self._frozen:
+            for unit in np.unique(labels[ids]):
+                frozen.setdefault(int(unit), reason)
+        return frozen
+
+
+def _joined(edges: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    empty = np.zeros(0, dtype=np.int64)
+    return np.concatenate([empty, *(a for a, _ in edges)]), np.concatenate([empty, *(b for _, b in edges)])
+
+
+def varying_axes(ids: np.ndarray, labels: np.ndarray) -> tuple[int, ...]:
+    """Axes along which the unit changes (a fixed position counts as a unit of its own)."""
+    units = np.where(ids >= 0, labels[ids], -1)
+    return tuple(i for i in range(ids.ndim) if (units != units.take([0], axis=i)).any())
+
+
+def _straighten(ids: np.ndarray, labels: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Edges that make the units of ``ids`` constant along all axes but one; None if they are."""
+    varying = varying_axes(ids, labels)
+    if len(varying) <= 1 and (axis is None or varying in ((), (axis,))):
+        return None
+    longest = max(varying, key=lambda i: (ids.shape[i], i)) if axis is None else axis
+    first = ids[tuple(slice(None) if i == longest else slice(0, 1) for i in range(ids.ndim))]
+    first = np.broadcast_to(first, ids.shape)
+    free = (first >= 0) & (ids >= 0) & (labels[first] != labels[ids])
+    return (first[free], ids[free]) if free.any() else None

@@ -1,0 +1,283 @@
+"""Channel groups: units of the coupling graph in the same layers, one gate each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import DNALError
+from ..modules.adapters import adapt
+from ..modules.choices import choices_of
+from ..modules.layers import Norm
+from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
+from .graph import Side, VertexKey, varying_axes
+from .trace import Trace
+
+Site = Literal["norm", "input", "output"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What a group holds of one layer, in the coordinates of the uncut model.
+
+    Attributes:
+        path: dotted path of the module; of the parameter or buffer, where ``dim`` is not None; of the attribute
+            (``blocks.0.attn.num_heads``), where ``side`` is "size".
+        side: "out" or "in" of a convolution or linear layer; "both" for what channels pass through; "size" for a number
+            that a module keeps about its channels; "choice" for candidates of a supernet, which are not channels.
+        channels: int64 ``[n]``, channel indices of that layer.
+        units: int64 ``[n]``, the unit of the group that each of these channels belongs to.
+        width: number of channels of that side of the layer, those of other groups included.
+        dim: the channel dimension of a bare parameter or buffer; the position in a stored list of sizes; else None.
+        axis: for a norm, the channel dimension of its input, counted from the end; else None.
+    """
+
+    path: str
+    side: Side
+    channels: Tensor
+    units: Tensor
+    width: int
+    dim: int | None = None
+    axis: int | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether this is a parameter or buffer that the forward reads itself."""
+        return self.side != "size" and self.dim is not None
+
+    @property
+    def module(self) -> str:
+        """Path of the module that this is, or that has it."""
+        return self.path.rpartition(".")[0] if self.bare or self.side == "size" else self.path
+
+
+@dataclasses.dataclass
+class ChannelGroup:
+    """Channels of several layers that can only be removed together.
+
+    Attributes:
+        name: path of the first producing layer (in the order of ``model.named_modules()``); where a layer feeds
+            several groups, followed by its first channel there: ``conv1[16:]``.
+        channels: number of units (usually one channel each): the length of the gate.
+        width: number of channels of the root layer in this group.
+        members: every layer concerned.
+        producers: the convolution and linear layers whose output channels these are.
+        norms: norms on which a gate can act (empty: none).
+        site: where the gate acts: on the affine of ``norms``, at the input of the consumers, or, for candidates of a
+            supernet, on their output.
+        frozen: why the group is left whole, or None.
+        least: units that must stay.
+        most: candidates that may stay at the end of a search; None: all.
+    """
+
+    name: str
+    channels: int
+    width: int
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    site: Site = "input"
+    frozen: str | None = None
+    least: int = 1
+    most: int | None = None
+
+    @property
+    def choice(self) -> bool:
+        """Whether the units are not channels, but candidates or blocks of a supernet."""
+        return self.members[0].side == "choice"
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The layers that read these channels."""
+        return tuple(m for m in self.members if m.side == "in")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A vertex or a stored size, and the unit of each of its channels (-1: fixed)."""
+
+    key: VertexKey
+    units: np.ndarray
+
+
+def trace(model: nn.Module, dummy_input: Any) -> Trace:
+    """The coupling graph of a copy of ``model``: one run in eval mode, one in train mode where the model has one."""
+    model = clone(model)
+    adapt(model)
+    result = Trace(model)
+    with seeded(model):
+        model.eval()
+        result.run(dummy_input)
+        model.train()
+        try:
+            result.run(dummy_input)
+        except FORWARD_ERRORS:
+            pass  # detection models want targets there: train mode is then not verified either
+    result.finish()
+    return result
+
+
+def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
+    """All channel groups of ``model``, in the order of their root layers; those that must stay whole say why.
+
+    Args:
+        model: any module; it is not changed.
+        dummy_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+    """
+    traced = trace(model, dummy_input)
+    graph = traced.graph
+    for vertex in graph.vertices.values():
+        reason = _uncuttable(traced.model, vertex.path) if vertex.dim is None else None
+        if reason is not None:
+            graph.freeze(vertex.ids, reason)
+    labels = graph.units()
+    frozen = graph.frozen_units(labels)
+
+    slots = [_Slot(v.key, labels[v.offset : v.offset + v.size]) for v in graph.vertices.values()]
+    slots += _stored_sizes(traced, labels)
+    modules = {name: i for i, (name, _) in enumerate(traced.model.named_modules())}
+
+    def rank(path: str) -> tuple[int, str]:
+        return modules.get(path, modules.get(path.rpartition(".")[0], -1)), path
+
+    slots.sort(key=lambda slot: (rank(slot.key[0]), slot.key[1], -1 if slot.key[2] is None else slot.key[2]))
+    touching: dict[int, list[int]] = defaultdict(list)  # unit -> slots
+    for i, slot in enumerate(slots):
+        for unit in np.unique(slot.units[slot.units >= 0]):
+            touching[int(unit)].append(i)
+    # one group for all units in the same layers: whatever its gate leaves open, no layer is left without channels
+    parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for unit, where in touching.items():
+        if any(slots[i].key in graph.producers for i in where):
+            parts[tuple(where)].append(unit)
+    groups = [_make_group(traced, [slots[i] for i in where], units, frozen) for where, units in parts.items()]
+    groups.sort(key=lambda group: (rank(group.producers[0]), _first_channel(group)))
+    names = [g.name for g in groups]
+    for group in groups:
+        if names.count(group.name) > 1:
+            group.name = f"{group.name}[{_first_channel(group)}:]"
+    return groups + _choice_groups(traced.model)
+
+
+def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
+    """One group for all choices of a label; exact by construction, whatever the rest of the network is."""
+    members: dict[str, list[Member]] = defaultdict(list)
+    limits = {}
+    for path, choice in choices_of(model).items():
+        every = torch.arange(len(choice.units))
+        members[choice.label].append(Member(path, "choice", every, every, len(every)))
+        limits[choice.label] = choice.least, choice.most
+        if len(every) != members[choice.label][0].width:
+            raise DNALError(
+                f"{path} and {members[choice.label][0].path} have the label {choice.label!r}, but {len(every)} and "
+                f"{members[choice.label][0].width} candidates: one decision needs the same ones everywhere"
+            )
+    return [
+        ChannelGroup(same[0].path, same[0].width, same[0].width, tuple(same), (), (), "output", None, least, most)
+        for same, (least, most) in zip(members.values(), limits.values())
+    ]
+
+
+def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
+    """:func:`find_groups` for a user's model and input: a :class:`DNALError` says what is wrong with them."""
+    if any(x.numel() == 0 for x in flatten_tensors(dummy_input)):
+        raise DNALError("the dummy_input has no elements: give it a batch of at least one")
+    try:
+        with torch.no_grad():
+            returned = [out for out in flatten_tensors(call(clone(model).eval(), dummy_input)) if out.numel()]
+    except FORWARD_ERRORS as error:
+        what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
+        raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
+    if returned and not any(bool(out.isfinite().any()) for out in returned):
+        raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
+    try:
+        return find_groups(model, dummy_input)
+    except FORWARD_ERRORS as error:
+        raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
+
+
+def _first_channel(group: ChannelGroup) -> int:
+    return int(next(m for m in group.members if m.path == group.producers[0] and m.side != "in").channels.min())
+
+
+def _uncuttable(model: nn.Module, path: str) -> str | None:
+    module = model.get_submodule(path)
+    if isinstance(module, Norm) and parametrize.is_parametrized(module):
+        return f"the affine of {path} is computed from other tensors (parametrized)"
+    stateful = any(hasattr(hook, "do_power_method") for hook in module._forward_pre_hooks.values())
+    if parametrize.is_parametrized(module):
+        stateful = next(module.get_submodule("parametrizations").buffers(), None) is not None
+    if stateful:
+        return f"every forward in train mode changes how the weight of {path} is computed (spectral norm)"
+    return None
+
+
+def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dict[int, str]) -> ChannelGroup:
+    sources = [slot for slot in slots if slot.key in traced.graph.producers]
+    root = sources[0]
+    # units are numbered in the order of the root's channels, whatever labels the graph gave them
+    in_root = root.units[np.isin(root.units, units)]
+    number = {int(u): i for i, u in enumerate(dict.fromkeys(in_root.tolist()))}
+    members = []
+    for slot in slots:
+        path, side, dim = slot.key
+        channels = np.flatnonzero(np.isin(slot.units, units))
+        local = torch.tensor([number[int(u)] for u in slot.units[channels]], dtype=torch.int64)
+        axis = traced.channel_dims.get(path) if side == "both" and dim is None else None
+        members.append(Member(path, side, torch.from_numpy(channels), local, len(slot.units), dim, axis))
+    sites = [traced.graph.sites[slot.key] for slot in slots if slot.key in traced.graph.sites]
+    bare_readers = [slot.key[0] for slot in slots if slot.key[1] == "both" and slot.key in traced.graph.sites]
+    norms: tuple[str, ...] = ()
+    if sites and all(site is not None for site in sites):
+        union = frozenset().union(*(site for site in sites if site is not None))
+        norms = tuple(m.path for m in members if m.path in union and m.side == "both")
+    reason = next((frozen[u] for u in units if u in frozen), None)
+    if reason is None and not sites:
+        reason = "no layer reads its output"
+    if reason is None and len(units) < 2:
+        reason = "its channels can only be removed all at once"
+    if reason is None and bare_readers and not norms:
+        reason = f"a function reads these channels with {bare_readers[0]}: there is no layer that a gate could sit on"
+    return ChannelGroup(
+        name=root.key[0],
+        channels=len(units),
+        width=len(in_root),
+        members=tuple(members),
+        producers=tuple(dict.fromkeys(slot.key[0] for slot in sources)),
+        norms=norms,
+        site="norm" if norms else "input",
+        frozen=reason,
+    )
+
+
+def _stored_sizes(traced: Trace, labels: np.ndarray) -> list[_Slot]:
+    """Numbers that modules keep about channels that can go: ``num_heads``, the sizes of a split, a static width.
+
+    A number that a forward handed to an operation, and that counts labelled positions there, is looked up among the
+    integer attributes of the module whose forward it was. Whether it is the right one is decided by verification.
+    """
+    found: dict[VertexKey, _Slot] = {}
+    for stored in traced.flow.stored_sizes:
+        if varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
+            continue
+        line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()
+        if len(np.unique(line[line >= 0])) < (line >= 0).sum():
+            continue  # an axis that holds each channel several times, such as batch times heads
+        units = np.where(line >= 0, labels[line], -1)
+        for name, value in vars(traced.model.get_submodule(stored.path)).items():
+            if name.startswith("_"):
+                continue
+            if stored.position is not None:
+                fits = isinstance(value, (list, tuple)) and tuple(value) == stored.sizes
+            else:
+                fits = type(value) is int and value == stored.sizes[0]
+            if fits:
+                key: VertexKey = (f"{stored.path}.{name}".lstrip("."), "size", stored.position)
+                found.setdefault(key, _Slot(key, units))
+    return list(found.values())

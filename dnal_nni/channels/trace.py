@@ -1,0 +1,247 @@
+"""Draw the coupling graph of a model by running it: layers are read whole, everything between them op by op.
+
+torch-pruning rebuilds the graph from autograd, and guesses index maps from shapes; on a third of a model zoo that
+crashes, never ends or is silently wrong (`benchmarks/results/zoo_torch_pruning_graph.jsonl`). Here the labels of the
+channels travel with the tensors through the very operations that the model runs, in eval and in train mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..modules.layers import Conv, Counted, RMSNorm, is_layer, masked_statistics, whole_groups
+from ..modules.running import call, flatten_tensors
+from .flow import Flow, Labels, axes_of, lay
+from .graph import CouplingGraph, Vertex
+from .rules.aten import run
+
+
+class Trace(TorchDispatchMode):
+    """One or more runs of a model under which its coupling graph grows.
+
+    Args:
+        model: a copy of the user's model; its norm statistics move when it runs in train mode.
+
+    Attributes:
+        graph: the coupling graph.
+        channel_dims: for every norm, its channel dimension, counted from the end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.graph = CouplingGraph()
+        self.channel_dims: dict[str, int] = {}
+        self.flow = Flow(self.graph, self._leaf, self._frame)
+        self._frames: list[tuple[str, str]] = [("", type(model).__name__)]
+        self._inside: str | None = None  # the layer that is running
+        self._arrived: list[tuple[Tensor | None, Labels | None]] = []
+        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._layers = {name for name, module in model.named_modules() if is_layer(module)}
+        self._tensors: dict[int, str] = {}
+        self._tied: set[str] = set()
+        for name, tensor in [
+            *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+        ]:
+            if id(tensor) in self._tensors:
+                self._tied |= {name, self._tensors[id(tensor)]}
+            self._tensors.setdefault(id(tensor), name)
+        self._leaf_labels: dict[int, Labels | None] = {}
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, dummy_input: Any) -> None:
+        """Run the model once; whatever it returns keeps its channels."""
+        with torch.no_grad(), self._hooks(), self:
+            out = call(self.model, dummy_input)
+        for tensor in flatten_tensors(out):
+            labels = self.flow.of(tensor)
+            for array in labels.arrays if labels else ():
+                self.graph.freeze(array, "the model returns these channels")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside is None:
+            return run(self.flow, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+        for module in self.model.modules():
+            # ahead of the hooks of torch.nn.utils.weight_norm, which belong to the layer
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _frame(self) -> tuple[str, str]:
+        return self._frames[-1]
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        path = self._paths[id(module)]
+        self._frames.append((path, type(module).__name__))
+        if self._inside is None and path in self._layers:
+            self._inside = path
+            x = next(flatten_tensors([args, list(kwargs.values())]), None)
+            self._arrived.append((x, self.flow.of(x)))
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        path = self._frames.pop()[0]
+        if self._inside == path and path in self._layers:
+            self._inside = None
+            x, labels = self._arrived.pop()
+            if isinstance(x, Tensor) and isinstance(out, Tensor):
+                self._layer(path, module, x, labels, out)
+            else:
+                self.flow.freeze(labels, f"{path} returns no tensor")
+        elif isinstance(module, Counted) and isinstance(out, Tensor):
+            self._counted(path, out)
+
+    def finish(self) -> None:
+        """After the last run: layers whose tensors others read too must stay whole."""
+        called = {vertex.path for vertex in self.graph.vertices.values() if vertex.dim is None}
+        bare = {vertex.path.rpartition(".")[0] for vertex in self.graph.vertices.values() if vertex.dim is not None}
+        tied = {name.rpartition(".")[0] for name in self._tied}
+        for vertex in self.graph.vertices.values():
+            owner = vertex.path if vertex.dim is None else vertex.path.rpartition(".")[0]
+            if owner in called and owner in bare and owner in self._layers:
+                self.graph.freeze(vertex.ids, f"a function reads the weights of {owner} beside it")
+            elif owner in tied and (vertex.dim is None or vertex.path in self._tied):
+                self.graph.freeze(vertex.ids, f"the weights of {owner} are tied to another layer")
+
+    # -- layers -------------------------------------------------------------------------------------------------------
+
+    def _layer(self, path: str, module: nn.Module, x: Tensor, labels: Labels | None, out: Tensor) -> None:
+        if isinstance(module, Conv):
+            axis = x.dim() - len(module.kernel_size) - 1
+            self._mixing(path, module, module.in_channels, module.out_channels, axis, x, labels, out)
+        elif isinstance(module, nn.Linear):
+            axis = x.dim() - 1
+            self._mixing(path, module, module.in_features, module.out_features, axis, x, labels, out)
+        else:
+            self._passing(path, module, x, labels, out)
+
+    def _mixing(
+        self, path: str, module: nn.Module, n_in: int, n_out: int, axis: int, x: Tensor, labels: Labels | None,
+        out: Tensor,
+    ) -> None:
+        into, source = self.graph.vertex(path, "in", n_in), self.graph.vertex(path, "out", n_out)
+        first_time = into.key not in self.graph.sites
+        passed = self._read(into, x, labels, axis, batch=range(axis) if isinstance(module, nn.Linear) else (0,))
+        site = labels.site if labels is not None else None
+        self.graph.read_by(into, site)
+        per_channel = whole_groups(module)
+        if first_time and isinstance(module, Conv) and module.groups > 1:
+            for vertex in (into, source):
+                fan = vertex.size // module.groups
+                every = torch.arange(vertex.size)
+                partner = every // fan * fan if per_channel else every % fan
+                self.graph.couple(vertex.offset + partner, vertex.ids, "")
+            if per_channel:
+                ends = [v.ids[:: v.size // module.groups] for v in (into, source)]
+                self.graph.couple(ends[0], ends[1], "")
+        if not per_channel:
+            self.graph.producers.add(source.key)
+        zero = per_channel and getattr(module, "bias", None) is None
+        made = [lay(source.ids, axis, out.dim())] if n_out > 1 else []
+        self.flow.put(out, [*made, *passed], site if zero else None)
+
+    def _counted(self, path: str, out: Tensor) -> None:
+        """A layer without tensors whose cost goes with its channels."""
+        labels = self.flow.of(out)
+        if labels is not None and len(labels.arrays) == 1 and len(axes_of(labels.arrays[0])) == 1:
+            ids = labels.arrays[0].reshape(-1)
+            vertex = self.graph.vertex(path, "both", ids.numel())
+            if vertex.size == ids.numel() and bool((ids >= 0).all()):
+                self.graph.couple(vertex.ids, ids, "")
+
+    def _passing(self, path: str, module: nn.Module, x: Tensor, labels: Labels | None, out: Tensor) -> None:
+        sizes = ("num_channels", "num_features", "num_parameters", "normalized_shape")
+        width = next(getattr(module, name) for name in sizes if hasattr(module, name))
+        axis = 1
+        others = [a for a in range(x.dim()) if a != 1]
+        if isinstance(module, (nn.LayerNorm, RMSNorm)):
+            (width,) = width
+            axis = self._normalised_axis(x, labels, width)
+            others = [a for a in range(x.dim()) if a != axis]
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            others = []  # its statistics run over all of them
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            axis = 0 if x.dim() == module._get_no_batch_dim() else 1
+            others = list(range(axis))
+        elif isinstance(module, nn.GroupNorm):
+            others = [0]
+        self.channel_dims[path] = axis - x.dim()
+        vertex = self.graph.vertex(path, "both", width)
+        if x.shape[axis] != width:  # an instance norm without affine takes any
+            self.flow.freeze(labels, f"{path} gets other channels than it was made for")
+            self.graph.freeze(vertex.ids, f"{path} gets other channels than it was made for")
+            return
+        passed = self._read(vertex, x, labels, axis, batch=others)
+        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
+            fan = width // module.num_groups
+            every = torch.arange(width)
+            partner = every % fan if masked_statistics(module) else every // fan * fan
+            self.graph.couple(vertex.offset + partner, vertex.ids, "")
+        if isinstance(module, nn.PReLU):
+            site = labels.site if labels is not None else None
+        else:
+            zeroed = getattr(module, "weight", None) is not None and not passed
+            site = frozenset([path]) if zeroed else None
+        made = [lay(vertex.ids, axis, out.dim())] if width > 1 else []
+        self.flow.put(out, [*made, *passed], site)
+
+    @staticmethod
+    def _normalised_axis(x: Tensor, labels: Labels | None, width: int) -> int:
+        """The last axis, but axis 1 for the subclasses that permute: there the channels vary along axis 1 only."""
+        varying = {a for array in labels.arrays for a in axes_of(array)} if labels else set()
+        fits = {a for a in varying if x.shape[a] == width}
+        return x.dim() - 1 if not fits or x.dim() - 1 in fits else max(fits)
+
+    def _read(self, vertex: Vertex, x: Tensor, labels: Labels | None, axis: int, batch: Any) -> list[Tensor]:
+        """Couple what arrives with the channels of a layer; labels of batch axes are passed on."""
+        passed = []
+        arrived = False
+        for array in labels.arrays if labels is not None else ():
+            axes = axes_of(array)
+            if axis in axes:
+                lone = Labels(x.shape, (array,), None)
+                others = [a for a in range(x.dim()) if a != axis]
+                for line in self.flow.mix(lone, others, "channels lie along several axes"):
+                    self.graph.couple(vertex.ids, line.reshape(-1), self.flow.why("channels beside fixed ones"))
+                arrived = True
+            elif set(axes) <= set(batch):
+                passed.append(array)
+            else:
+                self.graph.freeze(array, f"{vertex.path} runs over these channels as over positions")
+        if not arrived:
+            self.graph.freeze(vertex.ids, f"{vertex.path} reads a tensor whose channels are fixed")
+        return passed
+
+    # -- bare tensors -------------------------------------------------------------------------------------------------
+
+    def _leaf(self, tensor: Tensor) -> Labels | None:
+        name = self._tensors.get(id(tensor))
+        if name is None:
+            return None
+        if id(tensor) not in self._leaf_labels:
+            self._leaf_labels[id(tensor)] = self._new_leaf(name, tensor)
+        return self._leaf_labels[id(tensor)]
+
+    def _new_leaf(self, name: str, tensor: Tensor) -> Labels | None:
+        arrays = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                vertex = self.graph.vertex(name, "both", size, dim)
+                arrays.append(lay(vertex.ids, dim, tensor.dim()))
+        return Labels(tensor.shape, tuple(arrays), None) if arrays else None

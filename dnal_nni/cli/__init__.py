@@ -1,0 +1,3 @@
+"""The ``dnal`` command."""
+
+from .main import main as main

@@ -1,0 +1,94 @@
+"""Data of the command line: a folder of images, or a function that returns loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from ..errors import DNALError, told
+from .targets import load_callable
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+
+class Loader(Protocol):
+    """Batches ``(inputs, labels)``: a tensor whose first dimension is the batch, and int64 ``[batch]``."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+HELD_OUT = 10  # of a folder without a part to test on, every tenth image of each class
+
+
+def loaders(settings: Settings) -> tuple[Loader, Loader | None]:
+    """Batches to train on, and batches to test on.
+
+    ``data`` is one of
+
+    - a folder with ``train/CLASS/*.png`` and ``val/`` or ``test/`` beside ``train/``;
+    - a folder ``CLASS/*.png``: every tenth image is held out to test on;
+    - ``package.module:callable``, which returns ``(train, test)``, two loaders of ``(inputs, labels)``; test may be
+      None.
+
+    Raises:
+        DNALError: where there is none of that, or no batch in it.
+    """
+    if Path(settings.data).is_dir():
+        train, test = _folders(Path(settings.data), settings)
+    else:
+        if ":" not in settings.data:
+            raise DNALError(f"there is no folder {settings.data}; a function is written package.module:function")
+        made = load_callable(settings.data)
+        with told(f"{settings.data}() fails"):
+            pair = made()
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise DNALError(f"{settings.data}() returns no pair (loader to train on, loader to test on or None)")
+        train, test = pair
+    for what, loader in (("train", train), ("test", test)):
+        if loader is None and what == "test":
+            continue
+        if not hasattr(loader, "__len__") or not hasattr(loader, "__iter__"):
+            raise DNALError(f"{settings.data}: the {what} loader needs __iter__ and __len__, as a DataLoader has")
+        if len(loader) == 0:
+            raise DNALError(f"{settings.data}: the {what} loader gives no batch: it has fewer examples than one batch")
+    return train, test
+
+
+def _folders(folder: Path, settings: Settings) -> tuple[Loader, Loader]:
+    channels, height, width = (settings.input or (1, 3, 224, 224))[1:]
+    mean, std = list(settings.mean), list(settings.std)
+    if channels == 1 and len(mean) == 3:
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
+    if len(mean) != channels:
+        raise DNALError(f"mean and std have {len(mean)} numbers, the input {channels} channels")
+    last: list[Any] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    first: list[Any] = [v2.Resize((height, width)), *([v2.Grayscale()] if channels == 1 else [])]
+    flipped, plain = v2.Compose([*first, v2.RandomHorizontalFlip(), *last]), v2.Compose([*first, *last])
+    with told(f"{folder} is no folder of images by class", (OSError, RuntimeError)):
+        if (folder / "train").is_dir():
+            others = [name for name in ("val", "test") if (folder / name).is_dir()]
+            if not others:
+                raise DNALError(f"{folder} has a train/, but neither val/ nor test/ beside it")
+            train: Any = ImageFolder(str(folder / "train"), flipped)
+            test: Any = ImageFolder(str(folder / others[0]), plain)
+            if train.classes != test.classes:
+                odd = sorted(set(train.classes) ^ set(test.classes))[0]
+                raise DNALError(f"{folder}: the class {odd} is not in both train/ and {others[0]}/")
+        else:
+            train, test = ImageFolder(str(folder), flipped), ImageFolder(str(folder), plain)
+            held = set(range(0, len(train), HELD_OUT))
+            train, test = Subset(train, [i for i in range(len(train)) if i not in held]), Subset(test, sorted(held))
+    size = settings.batch_size
+    # a last batch of one image has no batch statistics
+    drop = len(train) > size
+    common: dict[str, Any] = {"batch_size": size, "num_workers": settings.workers}
+    return DataLoader(train, shuffle=True, drop_last=drop, **common), DataLoader(test, **common)

@@ -1,0 +1,93 @@
+"""What the command line names: networks and functions as ``package.module:callable``, and files of weights."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import DNALError, told
+from ..storage.compressed import FORMAT, load_compressed
+
+
+def _find(target: str, what: str) -> Any:
+    name, colon, attribute = target.partition(":")
+    if not (name and colon and attribute):
+        raise DNALError(f"{target!r} does not name a {what}: write package.module:function")
+    with told(f"{name} cannot be imported"):
+        found: Any = importlib.import_module(name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise DNALError(f"{name} has no {attribute}{_guess(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def load_callable(target: str) -> Callable[..., Any]:
+    """The function that ``package.module:callable`` names."""
+    found = _find(target, "function")
+    if not callable(found):
+        raise DNALError(f"{target} is a {type(found).__name__}, not a function")
+    return found
+
+
+def load_target(target: str, kwargs: dict[str, Any] | None = None) -> nn.Module:
+    """The network that ``package.module:callable`` returns, or is."""
+    found = _find(target, "network")
+    if isinstance(found, nn.Module):
+        if kwargs:
+            raise DNALError(f"{target} is a network already: leave --kwargs out")
+        return found
+    if not callable(found):
+        raise DNALError(f"{target} is a {type(found).__name__}, not a function that returns a network")
+    call = f"{target}({', '.join(f'{key}={value!r}' for key, value in (kwargs or {}).items())})"
+    with told(f"{call} fails"):
+        model = found(**(kwargs or {}))
+    if not isinstance(model, nn.Module):
+        raise DNALError(f"{call} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _guess(wrong: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wrong, names, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """The model with the state dict in a file: safetensors, of ``save_compressed``, or of ``torch.save``.
+
+    ``torch.save`` writes pickle: only tensors are taken from it (``weights_only=True``), also from below a key
+    "state_dict" or "model".
+    """
+    if not path.is_file():
+        raise DNALError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                compressed = (file.metadata() or {}).get("format") == FORMAT
+            if compressed:
+                return load_compressed(model, path)
+            state: Any = load_file(path)
+        else:
+            with told(f"{path} cannot be read"):  # torch raises anything for a file that is none of its own
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model"):
+                state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+            if not isinstance(state, dict):
+                raise DNALError(f"{path} holds a {type(state).__name__}, not a state dict")
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (OSError, SafetensorError) as error:
+        raise DNALError(f"{path} cannot be read: {error}") from error
+    except RuntimeError as error:  # of load_state_dict: a line for every tensor of another shape
+        raise DNALError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
+    if missing or unexpected:
+        what = f"it has no {missing[0]}" if missing else f"the model has no {unexpected[0]}"
+        raise DNALError(f"{path} does not fit the model: {what}")
+    return model

@@ -1,0 +1,1 @@
+"""What a layer is; running somebody's model; gates; supernets."""

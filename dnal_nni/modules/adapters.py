@@ -1,0 +1,61 @@
+"""Modules whose forward keeps a size that a cut changes, and the same modules without it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+
+from ..errors import DNALError
+from .attention import (
+    SlimMultiheadAttention,
+    SlimRelativePositionalMultiHeadAttention,
+    SlimShiftedWindowAttention,
+    SlimShiftedWindowAttentionV2,
+)
+
+_ORIGINAL = "_dnal_original_class"
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: SlimMultiheadAttention,
+    ShiftedWindowAttention: SlimShiftedWindowAttention,
+    ShiftedWindowAttentionV2: SlimShiftedWindowAttentionV2,
+    RelativePositionalMultiHeadAttention: SlimRelativePositionalMultiHeadAttention,
+}
+
+
+def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) -> None:
+    """Let every module of class ``original`` run as ``replacement`` while it is gated, and once it is cut.
+
+    Args:
+        original: matched exactly, not its subclasses.
+        replacement: a subclass of it at module level, without an ``__init__`` of its own, that computes the same from
+            the same parameters, with every size read from tensors.
+
+    Raises:
+        DNALError: if the replacement is no subclass, or is defined inside a function.
+    """
+    if not issubclass(replacement, original):
+        raise DNALError(f"register_adapter: {replacement.__name__} must be a subclass of {original.__name__}")
+    if "<locals>" in replacement.__qualname__:
+        raise DNALError(
+            f"register_adapter: define {replacement.__name__} at module level, or no cut model can be pickled"
+        )
+    _REPLACEMENTS[original] = replacement
+
+
+def adapt(model: nn.Module, *, revertible: bool = False) -> None:
+    """Give the modules of ``model`` their replacement classes, in place; parameters stay the same objects."""
+    for module in model.modules():
+        replacement = _REPLACEMENTS.get(type(module))
+        if replacement is not None:
+            if revertible:
+                module.__dict__[_ORIGINAL] = type(module)
+            module.__class__ = replacement
+
+
+def restore(model: nn.Module) -> None:
+    """Undo a revertible :func:`adapt`."""
+    for module in model.modules():
+        original = module.__dict__.pop(_ORIGINAL, None)
+        if original is not None:
+            module.__class__ = original

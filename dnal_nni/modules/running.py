@@ -1,0 +1,62 @@
+"""Running somebody's model: what it takes, what it returns, what it raises; and copies of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# what a forward pass of somebody else's module raises
+FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def flatten_tensors(out: Any) -> Iterator[Tensor]:
+    """Every tensor in what a model returns: nested lists, tuples, dicts, dataclasses, None and numbers included."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, Mapping):
+        for value in out.values():
+            yield from flatten_tensors(value)
+    elif isinstance(out, (list, tuple)):
+        for value in out:
+            yield from flatten_tensors(value)
+    elif dataclasses.is_dataclass(out) and not isinstance(out, type):
+        for field in dataclasses.fields(out):
+            yield from flatten_tensors(getattr(out, field.name))
+
+
+def call(model: nn.Module, dummy_input: Any) -> Any:
+    """Run the model on a tensor, on a tuple or list of positional arguments, or on a dict of keyword arguments."""
+    if isinstance(dummy_input, Mapping):
+        return model(**dummy_input)
+    if isinstance(dummy_input, (list, tuple)):
+        return model(*dummy_input)
+    return model(dummy_input)
+
+
+@contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """The same random numbers every time, on the CPU and on the model's GPUs; the caller's are put back."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps computed tensors as attributes (``torch.nn.utils.weight_norm`` does)."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)

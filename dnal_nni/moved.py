@@ -1,0 +1,89 @@
+"""Where the modules of version 0.1 have gone: code and pickles that name them find what they name.
+
+``import dnal_nni`` installs the finder; nothing is imported until somebody asks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = __name__.rpartition(".")[0]
+_NOW = {
+    "adapters": ("modules.adapters",),
+    "attention": ("modules.attention",),
+    "bake": ("modules.bake",),
+    "budget": ("budget", "search.objective"),
+    "carry": ("surgery.optimizer",),
+    "checkpoint": ("storage.compressed",),
+    "choices": ("modules.choices",),
+    "cli": ("cli.main",),
+    "compress": ("cli.run", "cli.settings"),
+    "cost": ("cost.count", "budget", "cost.model"),
+    "cut": ("search.close",),
+    "data": ("cli.data",),
+    "evaluators": ("plugin.evaluators",),
+    "files": ("storage.files",),
+    "flow": ("channels.flow",),
+    "gate": ("modules.gates",),
+    "graph": ("modules.layers", "channels.graph", "modules.running"),
+    "groups": ("channels.groups",),
+    "inject": ("surgery.inject",),
+    "inspection": ("cli.inspection",),
+    "latency": ("cost.latency",),
+    "masks": ("plugin.masks",),
+    "page": ("report.page",),
+    "products": ("channels.rules.products",),
+    "pruner": ("plugin.pruner",),
+    "ranks": ("search.ranks",),
+    "report": ("report.record",),
+    "resume": ("storage.state",),
+    "rules": ("channels.rules.aten",),
+    "schedule": ("search.schedule",),
+    "scores": ("search.scores", "search.importance"),
+    "search": ("search.loop", "surgery.inject"),
+    "selection": ("plugin.config",),
+    "shims": ("plugin.shims",),
+    "slim": ("surgery.slim",),
+    "space": ("plugin.space",),
+    "steps": ("plugin.steps",),
+    "strategy": ("plugin.strategies.dnal",),
+    "targets": ("errors", "cli.targets"),
+    "trace": ("modules.layers", "channels.trace"),
+    "verify": ("surgery.compare", "surgery.verify"),
+}
+
+
+def names_of(old: str) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` (PEP 562) that finds what the module ``old`` had."""
+
+    def find(name: str) -> Any:
+        for new in () if name.startswith("__") else _NOW[old]:
+            module = import_module(f"{_PACKAGE}.{new}")
+            if name in vars(module):
+                return vars(module)[name]
+        raise AttributeError(f"module {_PACKAGE}.{old} has no attribute {name!r}")
+
+    return find
+
+
+class _Old(MetaPathFinder, Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, old = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == _PACKAGE and old in _NOW else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        find = names_of(module.__name__.rpartition(".")[2])
+        module.__getattr__ = find
+
+
+def install() -> None:
+    """Let imports find the old names, after everything that is there."""
+    sys.meta_path.append(_Old())

@@ -1,0 +1,1 @@
+"""The package as Microsoft NNI 3.0 sees it."""

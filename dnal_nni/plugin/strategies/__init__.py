@@ -1,0 +1,1 @@
+"""Searches over NNI's model spaces."""

@@ -1,0 +1,5 @@
+"""Which units stay."""
+
+from ..moved import names_of
+
+__getattr__ = names_of("search")

@@ -1,0 +1,1 @@
+"""Files that appear whole: cut networks, and the state of work under way."""

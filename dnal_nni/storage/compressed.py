@@ -1,0 +1,336 @@
+"""Save and load a cut network without pickle: safetensors, with the layers' new sizes as JSON in the header."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DNALError
+from ..modules.adapters import adapt
+from ..modules.bake import bake
+from ..modules.choices import Choice
+from ..modules.layers import Conv, RMSNorm
+from ..modules.running import FORWARD_ERRORS, clone
+from ..surgery.inject import is_gated
+from ..surgery.slim import CHANGES, drop
+from .files import check_sum, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from ..report.record import Report
+
+
+FORMAT = "dnal_nni/1"
+_SIZES: dict[Any, tuple[str, ...]] = {
+    Conv: ("in_channels", "out_channels", "groups"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels", "num_groups"),
+    nn.PReLU: ("num_parameters",),
+}
+
+
+def _sizes(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+    """The channel counts of every layer that has some."""
+    sizes: dict[str, dict[str, int]] = {}
+    for path, module in modules.items():
+        if isinstance(module, (nn.LayerNorm, RMSNorm)):
+            if len(module.normalized_shape) == 1:
+                sizes[path] = {"normalized_shape": module.normalized_shape[0]}
+            continue
+        for kind, names in _SIZES.items():
+            if isinstance(module, kind):
+                sizes[path] = {name: getattr(module, name) for name in names}
+    return sizes
+
+
+def _holder(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """The module that keeps a tensor, or a number about its channels, and the name of that."""
+    owner, _, name = path.rpartition(".")
+    return modules[owner], name
+
+
+def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Report | None = None) -> None:
+    """Write a cut network: its tensors and its layers' sizes. The file appears whole or not at all.
+
+    Args:
+        slim: what ``speedup()`` returned (also after fine-tuning).
+        path: usually ``*.safetensors``.
+        report: ``pruner.report``, to be kept with the network; ``dnal report`` shows it.
+
+    Raises:
+        DNALError: ``slim`` still has gates, or state that is no tensor; or the file cannot be written.
+    """
+    if is_gated(slim):
+        raise DNALError("save_compressed: this network still has gates: save what speedup() returned")
+    changes = getattr(slim, CHANGES, {"choices": {}, "baked": [], "stored": {}, "unsaved": []})
+    state = dict(slim.state_dict(keep_vars=True))
+    state |= {name: slim.get_buffer(name) for name in changes.get("unsaved", ())}
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise DNALError(f"the state of {name} is a {type(tensor).__name__}, not a tensor: it cannot be saved")
+        if tensor.is_meta:
+            raise DNALError(f"{name} is on the meta device and has no values: it cannot be saved")
+        if id(tensor) in seen:
+            aliases[name] = seen[id(tensor)]
+        else:
+            seen[id(tensor)] = name
+            tensors[name] = tensor
+    parts = {
+        "sizes": _sizes(dict(slim.named_modules())),
+        "aliases": aliases,
+        "changes": changes,
+        "versions": {"dnal_nni": version("dnal_nni"), "torch": torch.__version__},
+    }
+    write_tensors(path, FORMAT, tensors, **parts, **({} if report is None else {"report": report.to_dict()}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What the header of a file says, in the types that it must have.
+
+    Attributes:
+        sizes: by layer, its channel counts.
+        aliases: names of tensors that are another one, and of which.
+        choices: by path of a choice among candidates, 0 or 1 for each: those that went.
+        baked: layers whose weight is not computed any more.
+        stored: new values of numbers that modules keep about their channels.
+        unsaved: buffers that no state dict holds, but that were cut.
+    """
+
+    sizes: dict[str, dict[str, int]]
+    aliases: dict[str, str]
+    choices: dict[str, list[int]]
+    baked: list[str]
+    stored: dict[str, int | list[int]]
+    unsaved: list[str]
+
+
+def _header(path: Any, parts: Mapping[str, Any]) -> _Header:
+    changes = parts.get("changes")
+    if not isinstance(changes, dict):
+        raise DNALError(f"{path} is damaged: its header has no 'changes'")
+    found: dict[str, Any] = {name: parts.get(name) for name in ("sizes", "aliases")}
+    found |= {name: changes.get(name) for name in ("baked", "stored")} | {"unsaved": changes.get("unsaved", [])}
+    found["choices"] = changes.get("choices", {})
+    header = _Header(**found)  # of any types: they are checked next
+
+    def mapping(value: Any, entry: Callable[[Any], bool]) -> bool:
+        return isinstance(value, dict) and all(map(entry, value.values()))
+
+    def sequence(value: Any, entry: Callable[[Any], bool]) -> bool:
+        return isinstance(value, list) and all(map(entry, value))
+
+    def name(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def number(value: Any) -> bool:
+        return type(value) is int  # True is an int too
+
+    for what, right in (
+        ("sizes", mapping(header.sizes, lambda sizes: mapping(sizes, number))),
+        ("aliases", mapping(header.aliases, name)),
+        ("choices", mapping(header.choices, lambda kept: sequence(kept, lambda value: value in (0, 1)))),
+        ("baked", sequence(header.baked, name)),
+        ("stored", mapping(header.stored, lambda value: number(value) or sequence(value, number))),
+        ("unsaved", sequence(header.unsaved, name)),
+    ):
+        if not right:
+            raise DNALError(f"{path} is damaged: {what!r} in its header is not of the right form")
+    return header
+
+
+def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Turn a fresh dense ``model`` into the saved network, in place, and return it. Nothing is traced or unpickled.
+
+    Every check comes ahead of the first change: a file that does not fit raises and leaves ``model`` as it was.
+
+    Args:
+        model: the architecture that the saved network was cut from.
+        path: a file of :func:`save_compressed`.
+
+    Raises:
+        DNALError: the file cannot be read, is damaged, or is not of this architecture; the first mismatch is named.
+    """
+    if is_gated(model):
+        raise DNALError("load_compressed: this network has gates: call pruner.unwrap_model(), or build a fresh one")
+    tensors, parts = read_tensors(path, FORMAT, "save_compressed")
+    header = _header(path, parts)
+    for name, first in header.aliases.items():
+        if first not in tensors or name in tensors:
+            raise DNALError(f"{path} is damaged: it has no {first} for {name} to be the same as")
+    planned = _chosen(model, path, header.choices)
+    own = _own_tensors(planned, path, header)
+    _check_tensors(path, own, tensors, header.aliases)
+    modules = dict(planned.named_modules(remove_duplicate=False))
+    _check_sizes(dict(planned.named_modules()), path, header.sizes, tensors)
+    stored = _check_stored(modules, path, header.stored)
+    check_sum(path, parts)
+    try:
+        for name in own:
+            _holder(modules, name)
+    except KeyError as error:
+        raise DNALError(f"the model's state has a {error} that is no parameter or buffer of a module") from error
+    # what lies on a device can run out of its memory: it is there ahead of the first change
+    new = {name: _like(own[name], tensor) for name, tensor in tensors.items() if own[name].device.type != "cpu"}
+
+    drop(model, header.choices)  # the first change
+    adapt(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for layer in header.baked:
+        bake(modules[layer])
+    for layer, sizes in header.sizes.items():
+        for attribute, size in sizes.items():
+            setattr(modules[layer], attribute, (size,) if attribute == "normalized_shape" else size)
+    for number, value in stored.items():
+        setattr(*_holder(modules, number), value)
+    changes = {name: getattr(header, name) for name in ("choices", "baked", "stored", "unsaved")}
+    setattr(model, CHANGES, changes)
+    for name in list(own):  # one at a time, so that the memory of the old tensors serves the new ones
+        old, first = own.pop(name), header.aliases.get(name, name)
+        if first not in new:
+            new[first] = _like(own.get(first, old), tensors[first])
+        module, attribute = _holder(modules, name)
+        held: dict[str, Any] = module._parameters if isinstance(old, nn.Parameter) else module._buffers
+        held[attribute] = new[first]
+    return model
+
+
+def saved_report(path: str | os.PathLike[str]) -> Report:
+    """The report that :func:`save_compressed` wrote beside a network."""
+    from ..report.record import Report
+
+    _, parts = read_tensors(path, FORMAT, "save_compressed")
+    if not isinstance(parts.get("report"), dict):
+        raise DNALError(f"{path} holds no report: it was saved without one")
+    return Report.from_dict(parts["report"])
+
+
+def _chosen(model: nn.Module, path: Any, choices: dict[str, list[int]]) -> nn.Module:
+    """The model without the candidates that went: a copy, where there are some."""
+    if not choices:
+        return model
+    model = clone(model)
+    for place in sorted(choices, key=len):
+        try:
+            choice = model.get_submodule(place)
+        except AttributeError:
+            continue  # inside of a candidate that is gone; else tensors are missing, which is seen next
+        number = len(choices[place])
+        if not isinstance(choice, Choice) or len(choice.units) != number:
+            raise DNALError(f"{path} does not fit the model: {place} is no choice among {number} candidates")
+        drop(model, {place: choices[place]})
+    return model
+
+
+def _own_tensors(model: nn.Module, path: Any, header: _Header) -> dict[str, Tensor]:
+    """The tensors that the model would have with its computed weights made plain; the model stays as it is."""
+    own = dict(model.state_dict(keep_vars=True))
+    try:
+        own |= {name: model.get_buffer(name) for name in header.unsaved}
+        for layer in header.baked:
+            module = clone(model.get_submodule(layer))
+            if not bake(module):
+                raise DNALError(f"{path} does not fit the model: {layer} has no computed weight")
+            own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{layer}.")}
+            own |= module.state_dict(prefix=f"{layer}.", keep_vars=True)
+    except FORWARD_ERRORS as error:
+        raise DNALError(f"{path} does not fit the model: {error}") from error
+    for name, tensor in own.items():
+        if not isinstance(tensor, Tensor):
+            raise DNALError(f"the model's state of {name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.is_meta:
+            raise DNALError(f"the model's {name} is on the meta device: build the model on a device that has memory")
+    return own
+
+
+def _like(old: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` on the device of ``old``, in its memory format, and a parameter where it is one."""
+    last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
+    form = torch.channels_last if last else torch.contiguous_format
+    new = torch.empty(tensor.shape, dtype=old.dtype, device=old.device, memory_format=form).copy_(tensor)
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _check_tensors(path: Any, own: dict[str, Tensor], tensors: dict[str, Tensor], aliases: dict[str, str]) -> None:
+    theirs = tensors | {name: tensors[first] for name, first in aliases.items()}
+    for name in own:
+        if name not in theirs:
+            raise DNALError(f"{path} does not fit the model: it has no {name}")
+    for name, tensor in theirs.items():
+        if name not in own:
+            raise DNALError(f"{path} does not fit the model: the model has no {name}")
+        mine = own[name]
+        if mine.dtype != tensor.dtype:
+            raise DNALError(f"{path} does not fit the model: {name} is {tensor.dtype}, the model's is {mine.dtype}")
+        if mine.dim() != tensor.dim() or any(a > b for a, b in zip(tensor.shape, mine.shape)):
+            raise DNALError(
+                f"{path} does not fit the model: {name} is {list(tensor.shape)}, the model's is {list(mine.shape)}"
+            )
+    for name, first in aliases.items():
+        if isinstance(own[name], nn.Parameter) != isinstance(own[first], nn.Parameter):
+            raise DNALError(f"{path} does not fit the model: {name} and {first} cannot be the same tensor")
+
+
+def _check_sizes(
+    modules: Mapping[str, nn.Module], path: Any, sizes: dict[str, dict[str, int]], tensors: dict[str, Tensor]
+) -> None:
+    have = _sizes(modules)
+    if sizes.keys() != have.keys():
+        odd = min(sizes.keys() ^ have.keys())
+        raise DNALError(f"{path} does not fit the model: layer {odd} is only in one of them")
+    for layer, values in sizes.items():
+        if values.keys() != have[layer].keys():
+            odd = min(values.keys() ^ have[layer].keys())
+            raise DNALError(f"{path} does not fit the model: {layer}.{odd} is only in one of them")
+        for name, value in values.items():
+            if not 0 < value <= have[layer][name]:
+                raise DNALError(f"{path} does not fit the model: {layer}.{name} is {value}, not {have[layer][name]}")
+        groups = values.get("groups", values.get("num_groups", 1))
+        if any(values.get(name, 0) % groups for name in ("in_channels", "out_channels", "num_channels")):
+            raise DNALError(f"{path} is damaged: the channels of {layer} do not fall into {groups} groups")
+        for name, expected in _shapes(modules[layer], values).items():
+            tensor = tensors.get(f"{layer}.{name}" if layer else name)
+            if tensor is not None and list(tensor.shape) != expected:
+                raise DNALError(f"{path}: {layer}.{name} is {list(tensor.shape)}, but its sizes say {expected}")
+
+
+def _check_stored(modules: Mapping[str, nn.Module], path: Any, stored: Mapping[str, int | list[int]]) -> dict[str, Any]:
+    """The stored numbers, each in the type that the model has for it."""
+    checked: dict[str, Any] = {}
+    for number, value in stored.items():
+        try:
+            module, name = _holder(modules, number)
+            own = vars(module)[name]
+        except KeyError as error:
+            raise DNALError(f"{path} does not fit the model: it has no {number}") from error
+        new, old = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (value, own))
+        if (
+            isinstance(value, list) != isinstance(own, (list, tuple))
+            or len(new) != len(old)
+            or not all(type(b) is int and 0 < a <= b for a, b in zip(new, old))
+        ):
+            raise DNALError(f"{path} does not fit the model: {number} is {value!r}, the model's is {own!r}")
+        checked[number] = type(own)(value)
+    return checked
+
+
+def _shapes(module: nn.Module, values: dict[str, int]) -> dict[str, list[int]]:
+    """The shapes that a layer's tensors must have for its sizes."""
+    if isinstance(module, Conv):
+        outputs = values["out_channels"]
+        first, second = (values["in_channels"], outputs) if module.transposed else (outputs, values["in_channels"])
+        return {"weight": [first, second // values["groups"], *module.kernel_size], "bias": [outputs]}
+    if isinstance(module, nn.Linear):
+        return {"weight": [values["out_features"], values["in_features"]], "bias": [values["out_features"]]}
+    widths = ("num_features", "num_channels", "num_parameters", "normalized_shape")
+    width = [next(values[name] for name in widths if name in values)]
+    return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), width)

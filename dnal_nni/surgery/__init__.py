@@ -1,0 +1,1 @@
+"""Gates on, channels off, and the proof."""

@@ -1,0 +1,157 @@
+"""Attach gates to a model where each group's site says, and take them off again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..channels.groups import ChannelGroup, Member
+from ..errors import DNALError
+from ..modules.adapters import adapt, restore
+from ..modules.choices import Choice
+from ..modules.gates import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate
+from ..modules.layers import masked_statistics
+
+_INPUT_GATE = "dnal_input_gate"
+_STATISTICS_GATE = "dnal_statistics_gate"
+
+
+def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # a global function and a submodule, not a closure: a copy of the model uses the copy's gates
+    return (getattr(module, _INPUT_GATE)(args[0]), *args[1:])
+
+
+def _mask_statistics(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    gated: Tensor = getattr(module, _STATISTICS_GATE)(module, args[0], output)
+    return gated
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise where a model cannot be given gates, or cut."""
+    if not isinstance(model, nn.Module):
+        raise DNALError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise DNALError("the model has no parameters: there is nothing to prune")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module; train with the wrapper")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise DNALError(f"{name} is on the meta device and has no values: model.to_empty(device=...), load weights")
+    for name, module in model.named_modules():
+        if hasattr(module, "_nni_wrapper"):
+            raise DNALError(f"{name} is already wrapped by another NNI compressor: call its unwrap_model() first")
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether gates are attached."""
+    return any(isinstance(module, ChannelFactor) for module in model.modules())
+
+
+def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
+    """Let ``gates`` (by group name) act in ``model``, in place; its parameters stay the same objects."""
+    adapt(model, revertible=True)
+    norms: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
+    inputs: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
+    statistics: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
+    for group in groups:
+        if group.frozen is not None:
+            continue
+        for member in group.members:
+            if group.choice:
+                choice = model.get_submodule(member.path)
+                assert isinstance(choice, Choice)
+                choice.attach(gates[group.name])
+            if group.site == "norm" and member.path in group.norms:
+                norms[member.path].append((member, gates[group.name]))
+            elif group.site == "input" and member.side == "in":
+                inputs[member.path].append((member, gates[group.name]))
+            if member.axis is not None and masked_statistics(model.get_submodule(member.path)):
+                statistics[member.path].append((member, gates[group.name]))
+    for path, sources in statistics.items():
+        norm = model.get_submodule(path)
+        involved, index = _index(sources)
+        axis = sources[0][0].axis
+        assert axis is not None
+        norm.add_module(_STATISTICS_GATE, StatisticsGate(involved, index, axis).to(_device(model)))
+        norm.register_forward_hook(_mask_statistics)
+    for path, sources in norms.items():
+        norm = model.get_submodule(path)
+        involved, index = _index(sources)
+        for name in ("weight", "bias"):
+            if getattr(norm, name, None) is not None:
+                factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
+                parametrize.register_parametrization(norm, name, factor)
+                _shorten(type(norm), name)
+    for path, sources in inputs.items():
+        consumer = model.get_submodule(path)
+        involved, index = _index(sources)
+        dim = -1 if isinstance(consumer, nn.Linear) else -(len(consumer.kernel_size) + 1)  # type: ignore[arg-type]
+        consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
+        consumer.register_forward_pre_hook(_gate_input)
+
+
+def _shorten(parametrized: type[nn.Module], name: str) -> None:
+    """Let a norm's affine be computed without what torch does around it: it is read in every forward of every norm.
+
+    ``parametrized`` is the class that torch made for this one module (its copies share it).
+    """
+    usual = getattr(parametrized, name)
+
+    def affine(norm: Any) -> Tensor:
+        chain = norm._modules["parametrizations"]._modules[name]
+        if len(chain._modules) > 1:  # somebody else's behind it
+            value: Tensor = usual.fget(norm)
+        else:
+            value = chain._modules["0"].forward(chain.original)
+        return value
+
+    setattr(parametrized, name, property(affine, usual.fset))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _index(sources: Sequence[tuple[Member, ScaledSigmoidGate]]) -> tuple[list[ScaledSigmoidGate], Tensor]:
+    offset = 0
+    index = torch.full((sources[0][0].width,), sum(gate.s.numel() for _, gate in sources))
+    for member, gate in sources:
+        index[member.channels] = member.units + offset
+        offset += gate.s.numel()
+    return [gate for _, gate in sources], index
+
+
+def detach(model: nn.Module) -> None:
+    """Take every gate off. What the gates did is not folded in: the model computes its ungated function again."""
+    for module in list(model.modules()):
+        if isinstance(module, Choice):
+            module.detach()
+        if parametrize.is_parametrized(module) and _norm_is_gated(module):
+            # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
+            parametrizations = module._modules.pop("parametrizations")
+            module.__class__ = type(module).__bases__[0]
+            for name, chain in parametrizations.items():  # type: ignore[operator, union-attr]
+                module.register_parameter(name, chain.original)
+        for name, hooks, ours in (
+            (_INPUT_GATE, module._forward_pre_hooks, _gate_input),
+            (_STATISTICS_GATE, module._forward_hooks, _mask_statistics),
+        ):
+            if name in module._modules:
+                delattr(module, name)
+                for key in [key for key, hook in hooks.items() if hook is ours]:
+                    del hooks[key]
+    restore(model)
+
+
+def _norm_is_gated(module: nn.Module) -> bool:
+    return any(isinstance(child, AffineGate) for child in module.parametrizations.modules())  # type: ignore[union-attr]
+
+
+def ungated(name: str) -> str:
+    """The name that a parameter has while no gate acts on it."""
+    return name.replace(".parametrizations", "").removesuffix(".original")

@@ -1,0 +1,316 @@
+"""`dnal compress`, `report` and `compare`: from a folder of images to a smaller network, and back to the table."""
+
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dnal_nni import load_compressed, measure
+from dnal_nni.cli.main import main
+from dnal_nni.cli.run import CHECKPOINT, NETWORK, PAGE, REPORT
+from dnal_nni.cli.settings import Settings
+from dnal_nni.report.record import Report
+from dnal_nni.storage.compressed import saved_report
+
+NETS = """
+import torch
+from torch import nn
+
+def net(width=12, classes=3):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes),
+    )
+
+def plain(classes=3):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, classes, 3))
+
+def breaks():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 3))
+"""
+DATA = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+def _set(n, classes=3):
+    generator = torch.Generator().manual_seed(n)
+    labels = torch.arange(n) % classes
+    colours = torch.eye(3)[labels % 3].view(n, 3, 1, 1)
+    return TensorDataset(colours + 0.5 * torch.randn(n, 3, 8, 8, generator=generator), labels)
+
+def loaders():
+    return DataLoader(_set(48), 12, shuffle=True), DataLoader(_set(30), 30)
+
+def no_test():
+    return DataLoader(_set(24), 12, shuffle=True), None
+
+def too_many_classes():
+    return DataLoader(_set(48, 7), 12, shuffle=True), None
+
+def empty():
+    return DataLoader(_set(8), 12, drop_last=True), None
+
+def images_only():
+    return DataLoader(_set(8).tensors[0], 4), None
+
+def float_labels():
+    return DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.rand(8)), 4), None
+
+def nan():
+    return DataLoader(TensorDataset(torch.full((8, 3, 8, 8), float("nan")), torch.zeros(8).long()), 4), None
+
+def endless():
+    return iter([]), None
+
+def single():
+    return []
+
+def raises():
+    raise RuntimeError("no disk")
+"""
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mynets.py").write_text(NETS)
+    (tmp_path / "mydata.py").write_text(DATA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in ("mynets", "mydata"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+SHORT = ["--search-epochs", "2", "--epochs", "2", "--flops", "0.5"]
+
+
+def compress(*arguments: str, out: str = "run") -> int:
+    return main(["compress", "mynets:net", *SHORT, "--out", out, *arguments])
+
+
+def pictures(folder: Path, per_class: int) -> None:
+    """Squares of one colour with noise, 12 x 10 pixels, by class."""
+    generator = torch.Generator().manual_seed(per_class)
+    for i, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir(parents=True)
+        for k in range(per_class):
+            pixels = 60 + 80 * torch.rand(10, 12, 3, generator=generator)
+            pixels[..., 2 - i] += 100
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / name / f"{k}.png")
+
+
+def test_from_images_to_a_smaller_network(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures(work / "photos" / "train", 20)
+    pictures(work / "photos" / "val", 8)
+    torch.manual_seed(0)
+    dense = import_module("mynets").net()
+    torch.save({"state_dict": dense.state_dict()}, "net.pt")
+    size = ["--input", "1,3,8,8", "--batch-size", "16", "--weights", "net.pt"]
+    assert compress("--data", "photos", "--tensorboard", *size) == 0
+    out, err = capsys.readouterr()
+    assert "FLOPs (M)" in out and "accuracy (%)" in out and f"run/{NETWORK}" in out
+    assert "search: 100%" in err and "fine-tune: 100%" in err  # with the time left
+    assert {p.name for p in (work / "run").iterdir()} == {NETWORK, REPORT, PAGE, "tensorboard"}
+    slim = load_compressed(import_module("mynets").net(), work / "run" / NETWORK)
+    x = torch.randn(1, 3, 8, 8)
+    assert measure(slim, x).flops / measure(dense, x).flops == pytest.approx(0.5, rel=0.06)
+    report = json.loads((work / "run" / REPORT).read_text())
+    assert report["accuracy"][1] > 60 and report["max_abs_diff"] < 1e-5 and report["settings"]["flops"] == 0.5
+    assert set(report["seconds"]) >= {"search", "cut", "finetune"} and report["versions"]["torch"]
+    assert "mynets:net" in report["settings"]["model"] and report["command"].startswith("dnal compress mynets:net")
+    assert [entry["step"] for entry in report["history"]] == list(range(1, 7))
+    assert all(sum(entry["gates"]) == 28 and entry["loss"] > 0 for entry in report["history"])
+    assert any((work / "run" / "tensorboard").iterdir())
+    # the same again: nothing is left to do
+    before = (work / "run" / NETWORK).stat().st_mtime_ns
+    assert compress("--data", "photos", "--tensorboard", *size) == 0
+    assert (work / "run" / NETWORK).stat().st_mtime_ns == before
+    assert compress("--data", "photos", "--lr", "0.02", *size) == 2
+    assert "is of a run with lr 0.01, and this one has 0.02: choose another --out" in capsys.readouterr().err
+
+
+def test_a_folder_of_classes_holds_images_out(work: Path) -> None:
+    pictures(work / "photos", 20)
+    assert compress("--data", "photos", "--input", "1,3,8,8", "--batch-size", "100") == 0
+    assert saved_report(work / "run" / NETWORK).accuracy is not None
+
+
+def test_loaders_flags_and_files(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "half.json").write_text(
+        json.dumps({"model": "mynets:net", "data": "mydata:no_test", "params": 0.5, "search-epochs": 1, "epochs": 0})
+    )
+    assert main(["compress", "--config", "half.json", "--flops", "0.6", "--out", "a", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["targets"] == {"flops": 0.6} and report["accuracy"] is None
+    if sys.version_info >= (3, 11):
+        text = 'model = "mynets:net"\ndata = "mydata:loaders"\nout = "b"\nparams = 0.5\nsearch_epochs = 1\nepochs = 1\n'
+        (work / "half.toml").write_text(text + "input = [1, 3, 8, 8]\n[kwargs]\nwidth = 8\n")
+        assert main(["compress", "--config", "half.toml"]) == 0
+        assert Report.from_dict(json.loads((work / "b" / REPORT).read_text())).targets == {"params": 0.5}
+
+
+def same_networks(a: Path, b: Path) -> bool:
+    nets = [load_compressed(import_module("mynets").net(), path / NETWORK).state_dict() for path in (a, b)]
+    return all(torch.equal(x, nets[1][name]) for name, x in nets[0].items())
+
+
+def child(folder: str, arguments: list[str]) -> None:
+    sys.path.insert(0, folder)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+@pytest.mark.parametrize("stage", ["search", "finetune"])
+def test_killed_it_goes_on_with_the_same_command(stage: str, work: Path) -> None:
+    arguments = ["compress", "mynets:net", "--data", "mydata:loaders", "--flops", "0.5"]
+    arguments += ["--search-epochs", "40", "--epochs", "40"]
+    assert main([*arguments, "--out", "whole"]) == 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dnal_nni.plugin.pruner", "test_run"])
+    process = context.Process(target=child, args=(str(work), [*arguments, "--out", "killed"]))
+    process.start()
+    checkpoint = work / "killed" / CHECKPOINT
+    while process.is_alive() and not (checkpoint.exists() and f'"{stage}"'.encode() in quoted(checkpoint)):
+        time.sleep(0.001)
+    time.sleep(0.03)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (work / "killed" / REPORT).exists()
+    assert main([*arguments, "--out", "killed"]) == 0
+    assert same_networks(work / "whole", work / "killed")
+
+
+def quoted(path: Path) -> bytes:
+    """The header of a checkpoint, without the quotation marks' escapes."""
+    return path.read_bytes()[:1_000_000].replace(b"\\", b"")
+
+
+def test_interrupted_it_says_how_to_go_on(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dnal_nni.cli.run
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dnal_nni.cli.run, "cosine", interrupt)
+    assert compress("--data", "mydata:loaders") == 130
+    assert "goes on from its last epoch with the same command" in capsys.readouterr().err
+    assert (work / "run" / CHECKPOINT).exists() and not (work / "run" / REPORT).exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "path", [str(work), *sys.path])
+    assert compress("--data", "mydata:loaders") == 0
+
+
+def test_report_and_compare(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress("--data", "mydata:loaders", out="half") == 0
+    assert compress("--data", "mydata:loaders", "--flops", "0.7", out="more") == 0
+    capsys.readouterr()
+    printed = []
+    for path in ("half", f"half/{REPORT}", f"half/{NETWORK}"):
+        assert main(["report", path]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2] and "target: 50.0% of the flops" in printed[0]
+    assert main(["report", "half", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((work / "half" / REPORT).read_text())
+    assert main(["report", "half", "--html", "page.html"]) == 0
+    assert (work / "page.html").read_text() == (work / "half" / PAGE).read_text()
+    capsys.readouterr()
+    assert main(["compare", "half", "more"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["half", "more"] and lines[1].startswith("FLOPs (M)")
+    flops = [float(cell) for cell in lines[1].split()[2:]]
+    assert flops[0] < flops[1] and any("of 16" in line for line in lines)
+    assert main(["compare", "half", "more", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"half", "more"}
+
+
+D = ["--data", "mydata:loaders"]
+WRONG = {
+    "no data": ([], "--data is missing; see dnal compress --help"),
+    "no folder": (["--data", "photos"], "there is no folder photos; a function is written package.module:function"),
+    "an empty folder": (["--data", "."], r"\. is no folder of images by class: "),
+    "no function": (["--data", "mydata:loader"], "mydata has no loader; did you mean loaders?"),
+    "it raises": (["--data", "mydata:raises"], r"mydata:raises\(\) fails: no disk"),
+    "no pair": (["--data", "mydata:single"], "returns no pair"),
+    "no length": (["--data", "mydata:endless"], "the train loader needs __iter__ and __len__"),
+    "no batch": (["--data", "mydata:empty"], "gives no batch: it has fewer examples than one batch"),
+    "no labels": (["--data", "mydata:images_only"], r"gives no batches \(inputs, labels\)"),
+    "no classes": (["--data", "mydata:float_labels"], r"gives labels of torch.float32 and shape \[4\]"),
+    "too many classes": (["--data", "mydata:too_many_classes"], "the data have a class 6, the network only 3 scores"),
+    "nan": (["--data", "mydata:nan"], "no finite number for the dummy_input"),
+    "no budget": ([*D, "--flops", "nan"], r"Budget\(flops=nan\): must be a number > 0"),
+    "a budget in words": ([*D, "--params", "half"], "argument --params: invalid float value: 'half'"),
+    "unreachable": ([*D, "--flops", "0.001"], "cannot be reached"),
+    "no epochs": ([*D, "--search-epochs", "0"], "search_epochs is 0: give a whole number of at least 1"),
+    "words": ([*D, "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    "learning rate": ([*D, "--lr", "-1"], "lr is -1.0: give a number above 0"),
+    "normalisation": ([*D, "--mean", "0.5", "--std", "0"], "mean and std: give as many numbers"),
+    "device": ([*D, "--device", "abacus"], "there is no device abacus"),
+    "weights": ([*D, "--weights", "none.pt"], "there is no file none.pt"),
+    "bad weights": ([*D, "--weights", "mynets.py"], "mynets.py cannot be read"),
+    "weights of another": ([*D, "--weights", "other.safetensors"], "does not fit the model"),
+    "no config": (["--config", "none.json"], "none.json cannot be read"),
+    "unknown option": (["--config", "odd.json"], "there is no option 'flop'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    name: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"0.weight": torch.zeros(1)}, "other.safetensors")
+    (work / "odd.json").write_text('{"flop": 0.5}')
+    arguments, said = WRONG[name]
+    assert compress(*arguments) == 2
+    out, err = capsys.readouterr()
+    sentence = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("dnal: ")]
+    assert not out and len(sentence) == 1 and err.rstrip().endswith(sentence[0])
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(sentence[0])
+    assert not (work / "run" / REPORT).exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("mynets:plain", r"returns no scores \[batch, classes\]"),
+        ("mynets:breaks", "(rejects|fails)"),
+        ("mynets:none", "mynets has no none"),
+    ],
+)
+def test_networks_that_cannot_be_trained_here(target: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", target, *SHORT, *D, "--out", "run"]) == 2
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "cannot be read"), ("[]", "is no report"), ("{}", "is no report"), ('{"before": 3}', "is no report")],
+)
+def test_what_is_no_report(text: str, said: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "x.json").write_text(text)
+    assert main(["report", "x.json"]) == 2
+    assert said in capsys.readouterr().err
+    assert main(["compare", "x.json", "nowhere"]) == 2
+
+
+def test_settings_say_what_every_option_is() -> None:
+    """Every option of the command line is a setting, and has a line of help."""
+    help = subprocess.run([sys.executable, "-m", "dnal_nni", "compress", "--help"], capture_output=True, text=True)
+    assert help.returncode == 0 and "$ dnal compress mynets:resnet" in help.stdout
+    for name in Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in help.stdout or name == "model"

@@ -1,0 +1,38 @@
+"""The documentation is what the code says."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_api_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
+    import make_api
+
+    text = make_api.page()
+    assert (ROOT / "docs" / "api.md").read_text() == text, "run: python docs/make_api.py"
+    for name in ("DNALPruner.search", "load_compressed", "Report.to_html", "register_adapter"):
+        assert f" {name}\n" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_file_of_the_package_is_in_the_table() -> None:
+    rows = re.findall(r"^\| (?:`(\w+)/`)? \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.M)
+    names = [(floor, name) for floor, cell in rows for name in re.findall(r"`([^`]+)`", cell)]
+    shown = {Path(floor) / name.removesuffix("/").removesuffix(".py") for floor, name in names}
+    package = ROOT / "dnal_nni"
+    for file in package.rglob("*.py"):
+        place = file.relative_to(package).with_suffix("")
+        inside_of_one = any(Path(*place.parts[:n]) in shown for n in (1, 2, 3))
+        assert inside_of_one or place.name in ("__init__", "__main__", "moved"), place

@@ -1,0 +1,471 @@
+"""Any network: sliced equals hard-gated for masks that nobody has tried before, or the group says why it stays whole.
+
+The comparison here shares no code with ``dnal_nni.surgery``. A network that fails is printed as Python: put it into
+``REGRESSIONS``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from random_nets import Network, Program, op, programs, run, runs
+from torch import Tensor, nn
+
+from dnal_nni import DNALError
+from dnal_nni.channels.groups import ChannelGroup, find_groups
+from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.surgery.verify import hard_gated_copy, verify_and_freeze
+
+TOLERANCE = 1e-9
+LIMIT = 60.0  # seconds for one network, of which verify_and_freeze may take VERIFY
+VERIFY = 20.0
+
+# a reentrant checkpoint of a frozen network warns
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    if dataclasses.is_dataclass(out):
+        out = list(vars(out).values())
+    elif isinstance(out, dict):
+        out = list(out.values())
+    if isinstance(out, (list, tuple)):
+        return [t for part in out for t in tensors(part)]
+    return []
+
+
+def outputs(net: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+    """What it returns, without dropout (which draws one number per channel) and with the same random depth."""
+    net.train(training)
+    for module in net.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        mock.patch("torch.nn.functional.dropout", lambda x, *_, **__: x),
+    ):
+        torch.manual_seed(7)
+        return [t.clone() for t in tensors(run(net, inputs))]
+
+
+def gap(one: Sequence[Tensor], two: Sequence[Tensor]) -> float:
+    """Largest difference relative to the largest value, the worst of all outputs."""
+    assert [a.shape for a in one] == [b.shape for b in two], "the shapes of the outputs differ"
+    worst = 0.0
+    for a, b in zip(one, two):
+        assert a.isfinite().all() and b.isfinite().all()
+        worst = max(worst, float((a - b).abs().max()) / max(float(a.abs().max()), 1e-6))
+    return worst
+
+
+def assert_equal(one: nn.Module, two: nn.Module, examples: Sequence[Any], what: str) -> None:
+    """In eval mode, in train mode, and in eval mode again with the norm statistics that training left."""
+    for mode, training in (("eval", False), ("train", True), ("eval after training", False)):
+        for number, inputs in enumerate(examples):
+            difference = gap(outputs(one, inputs, training), outputs(two, inputs, training))
+            assert difference < TOLERANCE, f"{what}: {difference:.1e} in {mode} mode on input {number}"
+
+
+# -- the property -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise AssertionError(f"more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def snapshot(net: nn.Module) -> list[Any]:
+    """Everything that must not change, but for the values."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        *((name, type(m), m.training, [len(getattr(m, h)) for h in hooks]) for name, m in net.named_modules()),
+        *((name, id(p), p.requires_grad, p.grad, p.stride()) for name, p in net.named_parameters()),
+    ]
+
+
+def masks(groups: Sequence[ChannelGroup], how: str, start: int) -> dict[str, Tensor]:
+    """What every group keeps: a random part of it, a single unit, or all but one."""
+    generator = torch.Generator().manual_seed(start)
+    keep = {}
+    for group in groups:
+        if group.frozen is None:
+            number = int(torch.randint(1, group.channels, (), generator=generator)) if group.channels > 1 else 1
+            number = {"single": 1, "all but one": max(1, group.channels - 1)}.get(how, number)
+            order = torch.randperm(group.channels, generator=generator)
+            keep[group.name] = torch.zeros(group.channels, dtype=torch.bool)
+            keep[group.name][order[:number]] = True
+    return keep
+
+
+def verified(program: Program) -> tuple[Network, Any, list[ChannelGroup]] | None:
+    """The network, its dummy input and its groups, or None where the package refuses it; never anything else."""
+    net, inputs = program.build()
+    before, values = snapshot(net), copy.deepcopy(net.state_dict())
+    given = [t.clone() for t in tensors(inputs if not isinstance(inputs, dict) else list(inputs.values()))]
+    start = time.monotonic()
+    groups: list[ChannelGroup] | None = None
+    with contextlib.suppress(DNALError):
+        groups = find_groups(net, inputs)
+        verify_and_freeze(net, groups, inputs, seconds=VERIFY)
+    assert time.monotonic() - start < VERIFY + 10
+    assert snapshot(net) == before, "the user's model is changed"
+    after = net.state_dict()
+    assert list(after) == list(values) and all(torch.equal(after[k], values[k]) for k in values), "its values changed"
+    left = tensors(inputs if not isinstance(inputs, dict) else list(inputs.values()))
+    assert all(torch.equal(a, b) for a, b in zip(given, left)), "the user's input is changed"
+    if groups is None:
+        return None
+    assert len({group.name for group in groups}) == len(groups), "two groups have one name"
+    for group in groups:
+        assert group.frozen is None or (isinstance(group.frozen, str) and group.frozen.strip()), group.name
+    return net, inputs, groups
+
+
+def closed_at_the_readers(net: nn.Module, groups: Sequence[ChannelGroup], keep: dict[str, Tensor]) -> nn.Module:
+    """The reference, without any of the package's gates: 0/1 times the input of every layer that reads a group."""
+    net = copy.deepcopy(net)
+    for group in groups:
+        for member in group.members:
+            if group.frozen is None and member.side == "in":
+                layer = net.get_submodule(member.path)
+                mask = torch.ones(member.width, dtype=torch.float64)
+                mask[member.channels] = keep[group.name][member.units].double()
+                if isinstance(layer, nn.Linear):
+                    layer.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
+                else:
+                    mask = mask.view(-1, *[1] * len(layer.kernel_size))
+                    layer.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
+    return net
+
+
+KEPT = ("random", "single", "all but one")
+
+
+def check(program: Program, reference: bool = False, kept: Sequence[str] = KEPT) -> list[ChannelGroup] | None:
+    """The promise, for one mask for each word of ``kept``. Returns the groups."""
+    with time_limit(LIMIT):
+        found = verified(program)
+        if found is None:
+            return None
+        net, inputs, groups = found
+        examples = [inputs, program.example(5, seed=1), program.example(2, seed=2)]
+        if program.batch == 1:  # batch statistics of one example are ill-conditioned, or do not exist
+            examples.pop(0)
+        if program.dims < 3 and runs(net, larger := program.example(2, seed=3, size=program.size + 2)):
+            examples.append(larger)
+        for number, how in enumerate(kept):
+            keep = masks(groups, how, 100 + number)
+            gated, slim = hard_gated_copy(net, groups, keep), slim_copy(net, groups, keep)
+            if keep:
+                size = [sum(p.numel() for p in m.parameters()) for m in (net, slim)]
+                assert size[1] < size[0], "nothing was removed"
+            if reference:
+                closed = closed_at_the_readers(net, groups, keep)
+                assert_equal(closed, copy.deepcopy(gated), examples, f"gated and closed ({how} kept)")
+            assert_equal(gated, slim, examples, f"gated and sliced ({how} kept)")
+        return groups
+
+
+def hunt(number: int, plain: bool, kept: Sequence[str] = KEPT) -> Counter[str]:
+    """Check ``number`` different random networks; count what became of their groups.
+
+    Ten at a time, because hypothesis repeats itself with small variations in longer runs.
+    """
+    tally: Counter[str] = Counter()
+    seen: set[str] = set()
+    for start in itertools.count():
+        if len(seen) >= number:
+            return tally
+
+        @seed(start)
+        @settings(
+            max_examples=10,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+            report_multiple_bugs=False,
+        )
+        @given(programs(plain))
+        def search(program: Program) -> None:
+            if repr(program) in seen:
+                return
+            note(f"to be pasted: {program}")
+            groups = check(program, plain, kept)
+            seen.add(repr(program))
+            tally["networks"] += 1
+            tally["refused"] += groups is None
+            tally["cut"] += sum(group.frozen is None for group in groups or [])
+
+        search()
+    raise AssertionError
+
+
+def test_random_networks_are_exact_or_left_whole() -> None:
+    tally = hunt(50, plain=False)
+    assert tally["refused"] <= 2 and tally["cut"] >= tally["networks"], tally
+
+
+def test_random_plain_networks_compute_what_closed_channels_mean() -> None:
+    tally = hunt(15, plain=True)
+    assert not tally["refused"] and tally["cut"] >= 1.3 * tally["networks"], tally
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_thousand_random_networks(plain: bool) -> None:
+    tally = hunt(200 if plain else 1000, plain, kept=(*KEPT, "random", "random"))
+    assert tally["refused"] <= 0.02 * tally["networks"] and tally["cut"] >= tally["networks"], tally
+
+
+REGRESSIONS = [
+    # a mask that fits the heads by luck was verified, others do not run
+    Program((op("attention"),)),
+    # two channels in ascending order: right for one of the two masks
+    Program((op("conv", width=2, norm="batch", act="relu"), op("move", how="sort"))),
+    # one channel left has no halves
+    Program((op("conv"), op("pool"), op("glu", form="halves"), op("residual", at=2))),
+    # an IndexError of torch-pruning
+    Program((op("norm"), op("norm"), op("glu", form="halves"), op("concat", other=4)), inputs=(4,)),
+    # cannot be copied once it has run with gradients
+    Program((op("conv", weight="old_weight_norm"),)),
+    # nothing in it has parameters
+    Program((op("act"),), head="none"),
+    # half of seven channels, or half of what were eight
+    Program((op("conv"), op("slice")), head="conv"),
+    Program((op("conv", width=5), op("conv", width=5), op("slice", form="constant"))),
+    Program(
+        (
+            op("conv", width=12, norm="group"),
+            op("slice", form="pick"),
+            op("known", at=1),
+            op("functional", form="einsum"),
+        )
+    ),
+    Program((op("conv", width=6), op("concat"), op("concat"), op("slice", form="strided"))),
+    Program(
+        (op("conv", width=5), op("slice"), op("squeeze", at=3), op("conv", at=1, padding="reflect")), inputs=(4, 4)
+    ),
+    # parts that are fewer, or of other sizes, once channels are gone
+    Program((op("conv", width=5), op("split"))),
+    Program((op("conv"), op("split", parts=3))),
+    Program((op("conv"), op("split", parts=3), op("conv"))),
+    Program((op("conv"), op("shuffle", groups=4), op("act", at=1))),
+    # statistics of a single open channel, and what batch statistics make of their rounding
+    Program((op("conv", width=5), op("norm", kind="layer", affine=False), op("conv", norm="batch"))),
+    # a module called once more, on channels of another layer
+    Program(
+        (op("norm", kind="group_one", affine=False), op("transposed"), op("squeeze"), op("conv"), op("again", which=3))
+    ),
+    # training moves what its weight is divided by
+    Program((op("conv", kernel=1, weight="spectral_norm"),)),
+    Program((op("conv", norm="batch", weight="spectral_norm"),), training=False),
+]
+
+
+@pytest.mark.parametrize("program", REGRESSIONS, ids=repr)
+def test_networks_that_once_failed(program: Program) -> None:
+    check(program)
+
+
+# -- what must be prunable: freezing everything would pass all of the above -------------------------------------------
+
+C = op("conv", norm="batch", act="relu")
+LAST = op("conv", width=6)
+FIRST = ["conv0.conv"]
+PRUNABLE: dict[str, tuple[Program, list[str]]] = {
+    "chain": (Program((C, C, LAST)), ["conv0.conv", "conv1.conv", "conv2.conv"]),
+    "chain without norms": (Program((op("conv", act="relu"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "1d": (Program((C, C), dims=1), ["conv0.conv", "conv1.conv"]),
+    "3d": (Program((C, C), dims=3, size=4), ["conv0.conv", "conv1.conv"]),
+    "two inputs, dict in, dataclass out": (
+        Program((C, op("conv", at=2), op("concat"), LAST), inputs=(3, 4), keywords=True, returns="dataclass"),
+        ["conv0.conv", "conv1.conv", "conv3.conv"],
+    ),
+    "all parameters frozen": (Program((C, C, LAST), frozen="all"), ["conv0.conv", "conv1.conv", "conv2.conv"]),
+    "first layers frozen": (Program((C, C, LAST), frozen="first half"), ["conv0.conv", "conv1.conv"]),
+    "in eval mode, channels last": (Program((C, LAST), training=False, channels_last=True), FIRST),
+    "an intermediate feature is returned": (Program((C, C, LAST), also=(1,), returns="tuple"), ["conv0.conv"]),
+    "a batch of one": (Program((C, C, op("pool", kind="mean"), op("linear")), batch=1), ["conv0.conv", "conv1.conv"]),
+    "transposed": (Program((C, op("transposed", norm="batch"), LAST)), ["conv0.conv", "transposed1.conv"]),
+    "depthwise": (Program((C, op("conv", groups="depthwise", norm="batch"), LAST)), FIRST),
+    "depthwise with a multiplier": (Program((C, op("conv", groups="multiplier"), LAST)), FIRST),
+    "grouped": (Program((C, op("conv", groups="some", width=16), LAST)), ["conv0.conv", "conv1.conv"]),
+    "grouped by the outputs": (Program((C, op("conv", groups="outputs"), LAST)), FIRST),
+    "transposed and grouped": (Program((C, op("transposed", groups="some"), LAST)), ["conv0.conv", "transposed1.conv"]),
+    "circular padding": (Program((C, op("conv", padding="circular"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "residual": (
+        Program((C, op("residual", width=6), LAST)),
+        ["conv0.conv", "residual1.body.conv1", "residual1.body.conv2", "conv2.conv"],
+    ),
+    "residual with projection": (
+        Program((C, op("residual", width=6, project=True), LAST)),
+        ["conv0.conv", "residual1.body.conv1", "residual1.body.conv2", "residual1.shortcut"],
+    ),
+    "residual in place": (Program((C, op("residual", inplace=True), LAST)), ["conv0.conv", "residual1.body.conv2"]),
+    "stochastic depth": (Program((C, op("residual", drop=0.5), LAST)), ["conv0.conv", "residual1.body.conv1"]),
+    "dropout": (Program((C, op("dropout"), C, op("dropout", kind="channel"), LAST)), ["conv0.conv", "conv2.conv"]),
+    "concat": (Program((C, C, op("concat"), LAST)), ["conv0.conv", "conv1.conv", "conv3.conv"]),
+    "concat with itself": (Program((C, op("concat_self", order="xrx"), LAST)), FIRST),
+    "concat into groups": (
+        Program((C, C, op("concat"), op("conv", groups="some"), LAST)),
+        ["conv0.conv", "conv1.conv"],
+    ),
+    "densenet": (Program((C, op("known", kind="dense"), LAST)), ["conv0.conv", "known1.convs.0", "known1.convs.1"]),
+    "product": (Program((C, C, op("meet", how="mul"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "sigmoid gate": (Program((C, C, op("meet", how="gate"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "glu": (Program((C, op("glu"), LAST)), FIRST),
+    "glu by halves": (Program((C, op("glu", form="halves"), LAST)), FIRST),
+    "chunk": (
+        Program((C, op("split"), op("conv"), op("conv", at=2), op("meet"))),
+        ["conv0.conv", "conv2.conv", "conv3.conv"],
+    ),
+    "split by constants": (Program((C, op("split", form="equal"), op("meet"), LAST)), ["conv3.conv"]),
+    "split by stored widths": (
+        Program((C, op("split", form="stored"), op("conv"), op("conv", at=2), op("concat"), LAST)),
+        ["conv0.conv", "conv2.conv", "conv3.conv"],
+    ),
+    "res2net": (
+        Program((C, op("known", kind="res2net"), LAST)),
+        ["conv0.conv", "known1.expand", "known1.convs.0", "known1.convs.1", "known1.contract"],
+    ),
+    "cross-stage partial": (
+        Program((C, op("known", kind="csp"), LAST)),
+        ["conv0.conv", "known1.expand", "known1.block.0", "known1.mix"],
+    ),
+    "ghost": (Program((C, op("known", kind="ghost"), LAST)), ["conv0.conv", "known1.primary"]),
+    "channel shuffle": (Program((C, op("shuffle"), LAST)), FIRST),
+    "channel shuffle behind groups": (
+        Program((op("conv", width=24), op("conv", groups="some", width=24), op("shuffle", groups=4), LAST)),
+        ["conv0.conv", "conv1.conv"],
+    ),
+    "channel shuffle by stored numbers": (Program((C, op("shuffle", form="stored"), LAST)), FIRST),
+    "shufflenet": (Program((C, op("known", kind="shuffle"), LAST)), ["known1.a"]),
+    "view by stored numbers": (Program((C, op("shuffle", form="view"), LAST)), FIRST),
+    "pixel shuffle": (Program((op("conv", width=16), op("pixel"), LAST)), FIRST),
+    "pixel unshuffle": (Program((op("conv", width=6), op("pixel", up=False), LAST)), FIRST),
+    "flatten": (Program((C, op("flatten"), op("linear", act="relu")), size=4), ["conv0.conv", "linear2.linear"]),
+    "flatten by view": (Program((C, op("flatten", form="view"), op("linear")), size=4), ["conv0.conv"]),
+    "pooling": (
+        Program((C, op("pool"), C, op("pool", kind="avg"), C, op("pool", kind="adaptive"), LAST)),
+        ["conv0.conv", "conv2.conv", "conv4.conv"],
+    ),
+    "upsampling": (Program((C, op("upsample"), C, op("upsample", mode="linear"), LAST), size=2), ["conv0.conv"]),
+    "squeeze and excite": (
+        Program((C, op("squeeze"), LAST)),
+        ["conv0.conv", "squeeze1.reduce", "squeeze1.expand"],
+    ),
+    "squeeze and excite by linear layers": (
+        Program((C, op("squeeze", form="shape"), LAST)),
+        ["conv0.conv", "squeeze1.reduce", "squeeze1.expand"],
+    ),
+    "squeeze and excite by a stored width": (Program((C, op("squeeze", form="stored"), LAST)), ["squeeze1.reduce"]),
+    "inverted residual": (
+        Program((C, op("known", kind="inverted"), LAST)),
+        ["conv0.conv", "known1.body.expand.0", "known1.body.contract.0"],
+    ),
+    "group norm": (Program((op("conv", norm="group", act="relu"), LAST)), FIRST),
+    "group norm of one group": (Program((op("conv", norm="group_one", act="relu"), LAST)), FIRST),
+    "group norm behind a residual": (
+        Program((C, op("residual", norm="group"), LAST)),
+        ["conv0.conv", "residual1.body.conv1", "residual1.body.conv2"],
+    ),
+    "layer norm over channels": (Program((op("conv", norm="layer", act="gelu"), LAST)), FIRST),
+    **(
+        {"rms norm over channels": (Program((op("conv", norm="rms"), LAST)), FIRST)}
+        if hasattr(nn, "RMSNorm")  # torch 2.4
+        else {}
+    ),
+    "instance norm": (Program((op("conv", norm="instance"), op("norm", kind="instance", tracked=False), LAST)), FIRST),
+    "batch norm without affine": (Program((op("conv"), op("norm", affine=False), LAST)), FIRST),
+    "transformer MLP": (Program((C, op("tokens", cls=True), op("mlp"))), ["mlp2.expand"]),
+    "transformer MLP, its stream": (
+        Program((C, op("tokens", cls=True), op("mlp"), op("mlp", scale=True), op("norm", kind="layer"))),
+        ["conv0.conv", "mlp2.contract", "mlp3.contract"],
+    ),
+    "gated MLP": (Program((C, op("tokens"), op("mlp", gated=True))), ["mlp2.expand"]),
+    "convnext": (Program((C, op("mlp", scale=True), LAST)), ["conv0.conv", "mlp1.body.expand", "mlp1.body.contract"]),
+    "linear layers": (
+        Program((op("flatten"), op("linear", norm="batch", act="relu"), op("linear")), size=4),
+        ["linear1.linear", "linear2.linear"],
+    ),
+    "shortcut of option A": (
+        Program(
+            (C, op("conv", width=12, norm="batch", stride=2), op("pad_channels", at=1, strided=True), op("meet"), LAST)
+        ),
+        ["conv0.conv", "conv1.conv"],
+    ),
+    "sigmoid": (Program((op("conv", norm="batch", act="sigmoid"), LAST)), FIRST),
+    "plus one": (Program((op("conv", norm="batch", act="plus_one"), LAST)), FIRST),
+    "prelu per channel": (Program((op("conv", act="prelu"), LAST)), FIRST),
+    "padding with a constant": (Program((C, op("pad"), LAST)), FIRST),
+    "layer scale": (Program((C, op("bare", shape="scale"), LAST)), FIRST),
+    "parameter (C, 1, 1)": (Program((C, op("bare", shape="C11"), LAST)), FIRST),
+    "parameter (1, C, 1, 1)": (Program((C, op("bare", shape="1C11", how="add"), LAST)), FIRST),
+    "parameter (1, C, H, W)": (Program((C, op("bare", shape="1CHW", how="add"), LAST)), FIRST),
+    "buffer (1, C, 1, 1)": (Program((C, op("bare", shape="1C11", buffer=True), LAST)), FIRST),
+    "buffer (C, 1, 1)": (Program((C, op("bare", shape="C11", buffer=True), LAST)), FIRST),
+    "scalar parameter": (Program((C, op("bare", shape="scalar"), LAST)), FIRST),
+    "coordinates": (Program((C, op("mix", how="coordinates"), LAST)), FIRST),
+    "weight norm": (Program((C, op("conv", weight="weight_norm"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "old weight norm": (Program((C, op("conv", weight="old_weight_norm"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "a standardised weight": (Program((C, op("conv", weight="standardised"), LAST)), ["conv0.conv", "conv1.conv"]),
+    "functional convolution": (Program((C, op("functional"), LAST)), FIRST),
+    "called on its own output": (Program((C, C, op("again"), LAST)), ["conv0.conv", "conv1.conv", "conv3.conv"]),
+    "called on two inputs": (
+        Program((C, op("conv", at=1), C, op("again", at=2), op("meet"), LAST)),
+        ["conv0.conv", "conv1.conv", "conv2.conv"],
+    ),
+    "checkpointed": (Program((C, op("cut"), LAST)), ["conv0.conv", "cut1.body.0", "cut1.body.2"]),
+    "an unused module": (Program((C, op("side", form="unused"), LAST)), ["conv2.conv"]),
+}
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_must_be_prunable(name: str) -> None:
+    program, layers = PRUNABLE[name]
+    groups = check(program)
+    assert groups is not None
+    reason: dict[str, str | None] = {}
+    for group in groups:
+        for member in group.members:
+            if member.side == "out" and reason.get(member.path, "") is not None:
+                reason[member.path] = group.frozen
+    left = {layer: reason.get(layer, "no group names it") for layer in layers if reason.get(layer, "") is not None}
+    assert not left, f"left whole: {left}"

@@ -1,0 +1,135 @@
+"""Real networks: exact, or left alone with a stated reason; no hang, no crash (see `benchmarks/zoo.py`).
+
+Default: the list itself, and eight representatives in this process. `pytest -m slow tests/promises/zoo`: all of
+them, each in a process of its own with limits on time and memory, an hour or two on one core.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torchvision
+from torch import nn
+
+from dnal_nni.channels.groups import ChannelGroup
+from dnal_nni.surgery.slim import Keep, slim_copy
+
+timm = pytest.importorskip("timm")
+
+import zoo  # noqa: E402
+from zoo import SHRUNK, Record, explain, run_isolated, run_model  # noqa: E402
+from zoo_models import EXPECTED_TO_SHRINK, MODELS, NOTES, families  # noqa: E402
+
+FAST = (
+    "resnet18",  # residual
+    "mobilenet_v3_small",  # depthwise, squeeze and excitation
+    "timm_regnety_002",  # grouped
+    "timm_ese_vovnet19b_dw",  # concatenation
+    "timm_edgenext_xx_small",  # linear layers behind layer norms, attention
+    "timm_fasternet_t0",  # split by stored sizes
+    "lraspp_mobilenet_v3_large",  # a dict of outputs
+    "squeezenet1_1",  # no norm at all
+)
+MUST_SHRINK = (
+    "swin_t",
+    "vit_b_16",
+    "convnext_tiny",
+    "shufflenet_v2_x1_0",
+    "timm_res2net50_26w_4s",
+    "timm_cspresnet50",
+    "timm_resnest14d",
+)
+"""Whole families of architectures hang on these: none of the five of `EXPECTED_TO_SHRINK` that may stay whole."""
+
+SECONDS = 120
+
+
+@functools.cache
+def outcome(name: str) -> Record:
+    return run_isolated(MODELS[name])
+
+
+def shrunk(record: Record) -> bool:
+    return record["status"] == "exact" and record["flops"]["left"] <= SHRUNK
+
+
+def check(record: Record) -> None:
+    assert record["status"] == "exact", explain(record)
+    assert record["seconds"]["total"] <= SECONDS, explain(record)
+    for effect in record["effect"].values():
+        # else the comparison compares nothing
+        assert effect is None or effect > 1e-6 or not record["groups"]["gated"], explain(record)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_exact(name: str) -> None:
+    record = run_model(MODELS[name])
+    check(record)
+    if name in EXPECTED_TO_SHRINK:
+        assert shrunk(record), explain(record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_in_time(name: str) -> None:
+    record = outcome(name)
+    check(record)
+    if name in MUST_SHRINK:
+        assert shrunk(record), explain(record)
+
+
+@pytest.mark.slow
+def test_most_lose_a_fifth_of_their_flops() -> None:
+    whole = [outcome(name) for name in sorted(EXPECTED_TO_SHRINK) if not shrunk(outcome(name))]
+    assert len(EXPECTED_TO_SHRINK) - len(whole) >= 80, "\n\n".join(map(explain, whole))
+
+
+def test_the_list_holds_every_family() -> None:
+    offered = {torchvision.models.get_model_builder(n).__module__ for n in torchvision.models.list_models()}
+    offered |= {timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
+    quantized = {name for name in offered if name.startswith("torchvision.models.quantization.")}
+    assert offered - quantized <= families()
+    assert len(EXPECTED_TO_SHRINK) == 85 and len(NOTES) == 55 and EXPECTED_TO_SHRINK <= MODELS.keys()
+    assert set(FAST) | set(MUST_SHRINK) <= MODELS.keys()
+    assert sum(entry.source == "timm" for entry in MODELS.values()) >= 60
+
+
+def test_a_wrong_cut_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reversed_cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
+        return slim_copy(model, groups, {name: mask.flip(0) for name, mask in keep.items()})
+
+    monkeypatch.setattr(zoo, "slim_copy", reversed_cut)  # as many channels, but others
+    record = run_model(MODELS["mobilenet_v3_small"])
+    assert record["status"] == "inexact" and min(record["relative"].values()) > 1e-3
+
+
+def test_a_model_that_hangs_is_stopped() -> None:
+    record = run_isolated(MODELS["resnet18"], wall=0.5)
+    assert record["status"] == "timeout" and record["phase"] != "done"
+
+
+def test_the_table_has_a_row_for_every_outcome(tmp_path: Path) -> None:
+    common = {"task": "classification", "input": [2, 3, 64, 64], "commit": "c0ffee", "versions": {"torch": "2"}}
+    exact = {
+        "status": "exact",
+        "phase": "done",
+        "groups": {"all": 13, "gated": 12, "frozen": 1},
+        "reasons": {"model output": 1},
+        "flops": {"left": 0.5},
+        "relative": {"eval": 1e-15, "train": 2e-15},
+        "seconds": {"total": 1.0},
+    }
+    records = {
+        "resnet18": {"model": "resnet18", **common, **exact},
+        "resnet50": {"model": "resnet50", **common, "status": "timeout", "phase": "groups"},
+    }
+    zoo.write_table(records, tmp_path / "models.md")
+    text = (tmp_path / "models.md").read_text()
+    assert "| resnet18 | 3x64x64 | 12/13 | 50% | 2e-15 | 1.0 | model output 1 |" in text
+    assert "| resnet50 | 3x64x64 | - | - | - | - | timeout in groups |" in text
+
+
+def test_reasons_have_classes() -> None:
+    assert zoo.reason_class("not verified within verify_seconds=30") == "not verified in time"
+    assert zoo.reason_class("layer4.0.fn: a new reason with 3 words (of 4)") == "a new reason with words"
