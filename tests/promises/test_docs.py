@@ -28,7 +28,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_file_of_the_package_is_in_the_table() -> None:
-    rows = re.findall(r"^\| (?:`(\w+)/`)? \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| ?(?:`(\w+)/`)? \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.M)
     names = [(floor, name) for floor, cell in rows for name in re.findall(r"`([^`]+)`", cell)]
     shown = {Path(floor) / name.removesuffix("/").removesuffix(".py") for floor, name in names}
     package = ROOT / "dnal_nni"
