@@ -81,7 +81,7 @@ class _Old(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         find = names_of(module.__name__.rpartition(".")[2])
-        module.__getattr__ = find
+        vars(module)["__getattr__"] = find
 
 
 def install() -> None:

@@ -8,7 +8,6 @@ ends. :mod:`dnal_nni.channels.trace` draws the edges.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-Side = Literal["out", "in", "both", "size", "choice"]
-"""Output or input channels of a convolution or linear layer; "both" for layers and tensors that channels pass
-through; "size" for a number that a module keeps about its channels, such as ``num_heads``; "choice" for the units of a
-:class:`~dnal_nni.modules.choices.Choice`."""
-
+from ..modules.layers import Side
 
 VertexKey = tuple[str, Side, int | None]
 

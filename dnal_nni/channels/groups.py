@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from ..errors import DNALError
 from ..modules.adapters import adapt
 from ..modules.choices import choices_of
-from ..modules.layers import Norm
+from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
-from .graph import Side, VertexKey, varying_axes
+from .graph import VertexKey, varying_axes
 from .trace import Trace
 
 Site = Literal["norm", "input", "output"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..modules.layers import Conv, Counted, RMSNorm, is_layer, masked_statistics, whole_groups
+from ..modules.layers import Counted, Layer, RMSNorm, layer_of
 from ..modules.running import call, flatten_tensors
 from .flow import Flow, Labels, axes_of, lay
 from .graph import CouplingGraph, Vertex
@@ -43,7 +43,7 @@ class Trace(TorchDispatchMode):
         self._inside: str | None = None  # the layer that is running
         self._arrived: list[tuple[Tensor | None, Labels | None]] = []
         self._paths = {id(module): name for name, module in model.named_modules()}
-        self._layers = {name for name, module in model.named_modules() if is_layer(module)}
+        self._layers = {name: layer for name, module in model.named_modules() if (layer := layer_of(module))}
         self._tensors: dict[int, str] = {}
         self._tied: set[str] = set()
         for name, tensor in [
@@ -92,7 +92,9 @@ class Trace(TorchDispatchMode):
         self._frames.append((path, type(module).__name__))
         if self._inside is None and path in self._layers:
             self._inside = path
-            x = next(flatten_tensors([args, list(kwargs.values())]), None)
+            x, *others = [*flatten_tensors([args, list(kwargs.values())]), None]
+            for other in others:
+                self.flow.freeze(self.flow.of(other), f"{path} takes these channels as a further input")
             self._arrived.append((x, self.flow.of(x)))
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -100,7 +102,7 @@ class Trace(TorchDispatchMode):
         if self._inside == path and path in self._layers:
             self._inside = None
             x, labels = self._arrived.pop()
-            if isinstance(x, Tensor) and isinstance(out, Tensor):
+            if isinstance(x, Tensor) and (isinstance(out, Tensor) or "out" not in self._layers[path].sides):
                 self._layer(path, module, x, labels, out)
             else:
                 self.flow.freeze(labels, f"{path} returns no tensor")
@@ -121,40 +123,41 @@ class Trace(TorchDispatchMode):
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
-    def _layer(self, path: str, module: nn.Module, x: Tensor, labels: Labels | None, out: Tensor) -> None:
-        if isinstance(module, Conv):
-            axis = x.dim() - len(module.kernel_size) - 1
-            self._mixing(path, module, module.in_channels, module.out_channels, axis, x, labels, out)
-        elif isinstance(module, nn.Linear):
-            axis = x.dim() - 1
-            self._mixing(path, module, module.in_features, module.out_features, axis, x, labels, out)
+    def _layer(self, path: str, module: nn.Module, x: Tensor, labels: Labels | None, out: Any) -> None:
+        layer = self._layers[path]
+        if layer.mixes:
+            self._mixing(path, module, layer, x, labels, out)
         else:
-            self._passing(path, module, x, labels, out)
+            self._passing(path, module, layer, x, labels, out)
 
     def _mixing(
-        self, path: str, module: nn.Module, n_in: int, n_out: int, axis: int, x: Tensor, labels: Labels | None,
-        out: Tensor,
+        self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Any
     ) -> None:
-        into, source = self.graph.vertex(path, "in", n_in), self.graph.vertex(path, "out", n_out)
-        first_time = into.key not in self.graph.sites
-        passed = self._read(into, x, labels, axis, batch=range(axis) if isinstance(module, nn.Linear) else (0,))
-        site = labels.site if labels is not None else None
-        self.graph.read_by(into, site)
-        per_channel = whole_groups(module)
-        if first_time and isinstance(module, Conv) and module.groups > 1:
-            for vertex in (into, source):
-                fan = vertex.size // module.groups
-                every = torch.arange(vertex.size)
-                partner = every // fan * fan if per_channel else every % fan
-                self.graph.couple(vertex.offset + partner, vertex.ids, "")
-            if per_channel:
-                ends = [v.ids[:: v.size // module.groups] for v in (into, source)]
-                self.graph.couple(ends[0], ends[1], "")
-        if not per_channel:
-            self.graph.producers.add(source.key)
-        zero = per_channel and getattr(module, "bias", None) is None
-        made = [lay(source.ids, axis, out.dim())] if n_out > 1 else []
-        self.flow.put(out, [*made, *passed], site if zero else None)
+        axis, widths, units = layer.input_axis(module), layer.widths(module), layer.units(module)
+        ends = {side: self.graph.vertex(path, side, width) for side, width in widths.items()}
+        passed: list[Tensor] = []
+        per_channel = bool(units) and bool(torch.isin(units["in"], units["out"]).any())
+        if "in" in ends:
+            if units and ends["in"].key not in self.graph.sites:
+                self._couple_units([(ends[side], numbers) for side, numbers in units.items()])
+            place = axis % x.dim()
+            passed = self._read(ends["in"], x, labels, place, layer.apart(x.dim(), place))
+            self.graph.read_by(ends["in"], labels.site if labels is not None else None)
+        else:
+            self.flow.freeze(labels, f"{path} needs all channels of its input")
+        if "out" in ends:
+            if not per_channel:
+                self.graph.producers.add(ends["out"].key)
+            zero = per_channel and getattr(module, "bias", None) is None and labels is not None
+            made = [lay(ends["out"].ids, axis % out.dim(), out.dim())] if widths["out"] > 1 else []
+            self.flow.put(out, [*made, *passed], labels.site if zero and labels else None)
+
+    def _couple_units(self, ends: list[tuple[Vertex, Tensor]]) -> None:
+        """Let channels of one number stand and fall together."""
+        ids, numbers = torch.cat([vertex.ids for vertex, _ in ends]), torch.cat([number for _, number in ends])
+        first = torch.full((int(numbers.max()) + 1,), self.graph.total)
+        first.scatter_reduce_(0, numbers, ids, "amin")
+        self.graph.couple(first[numbers], ids, "")
 
     def _counted(self, path: str, out: Tensor) -> None:
         """A layer without tensors whose cost goes with its channels."""
@@ -165,39 +168,24 @@ class Trace(TorchDispatchMode):
             if vertex.size == ids.numel() and bool((ids >= 0).all()):
                 self.graph.couple(vertex.ids, ids, "")
 
-    def _passing(self, path: str, module: nn.Module, x: Tensor, labels: Labels | None, out: Tensor) -> None:
-        sizes = ("num_channels", "num_features", "num_parameters", "normalized_shape")
-        width = next(getattr(module, name) for name in sizes if hasattr(module, name))
-        axis = 1
-        others = [a for a in range(x.dim()) if a != 1]
+    def _passing(
+        self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor
+    ) -> None:
+        width, axis = layer.widths(module)["both"], layer.input_axis(module) % x.dim()
         if isinstance(module, (nn.LayerNorm, RMSNorm)):
-            (width,) = width
             axis = self._normalised_axis(x, labels, width)
-            others = [a for a in range(x.dim()) if a != axis]
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            others = []  # its statistics run over all of them
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            axis = 0 if x.dim() == module._get_no_batch_dim() else 1
-            others = list(range(axis))
-        elif isinstance(module, nn.GroupNorm):
-            others = [0]
         self.channel_dims[path] = axis - x.dim()
         vertex = self.graph.vertex(path, "both", width)
         if x.shape[axis] != width:  # an instance norm without affine takes any
             self.flow.freeze(labels, f"{path} gets other channels than it was made for")
             self.graph.freeze(vertex.ids, f"{path} gets other channels than it was made for")
             return
-        passed = self._read(vertex, x, labels, axis, batch=others)
-        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
-            fan = width // module.num_groups
-            every = torch.arange(width)
-            partner = every % fan if masked_statistics(module) else every // fan * fan
-            self.graph.couple(vertex.offset + partner, vertex.ids, "")
-        if isinstance(module, nn.PReLU):
-            site = labels.site if labels is not None else None
-        else:
-            zeroed = getattr(module, "weight", None) is not None and not passed
-            site = frozenset([path]) if zeroed else None
+        passed = self._read(vertex, x, labels, axis, layer.apart(x.dim(), axis))
+        if units := layer.units(module):
+            self._couple_units([(vertex, units["both"])])
+        site = labels.site if labels is not None and layer.zero == "input" else None
+        if layer.zero == "affine" and getattr(module, "weight", None) is not None and not passed:
+            site = frozenset([path])
         made = [lay(vertex.ids, axis, out.dim())] if width > 1 else []
         self.flow.put(out, [*made, *passed], site)
 

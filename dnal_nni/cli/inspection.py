@@ -14,7 +14,7 @@ from torch import nn
 from ..channels.groups import find_groups
 from ..cost.count import flops_by_module
 from ..errors import told
-from ..modules.layers import Conv
+from ..modules.layers import layer_of
 from ..modules.running import FORWARD_ERRORS, call, clone
 from ..surgery.verify import verify_and_freeze
 
@@ -160,8 +160,9 @@ def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds
                     stays[member.path][group.frozen] += len(member.channels)
     whole = []
     for path, module in model.named_modules():
-        if isinstance(module, (Conv, nn.Linear)):
-            width = int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+        layer = layer_of(module)
+        if layer is not None and layer.mixes and "out" in layer.sides:
+            width = layer.widths(module)["out"]
             reasons = stays[path] if path in seen else {_UNSEEN: width}
             whole += [WholeLayer(path, channels, width, why) for why, channels in reasons.items()]
     params = sum(p.numel() for p in model.parameters())

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..cost.latency import latencies
 from ..errors import DNALError, told
-from ..modules.layers import Conv
+from ..modules.layers import mixing
 from ..modules.running import FORWARD_ERRORS
 from ..report.record import Report
 from ..storage.compressed import load_compressed, save_compressed
@@ -189,7 +189,7 @@ class _Run:
         model = self.model()
         before = state["accuracy"] if "accuracy" in state else self.accuracy(model)
         optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4)
-        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, (Conv, nn.Linear))}
+        kinds = {type(m).__name__ for m in model.modules() if mixing(m)}
         config = [{"op_types": sorted(kinds)}]
         pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=settings.budget())
         if state["epoch"] > 0:

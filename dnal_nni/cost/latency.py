@@ -15,12 +15,10 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from ..modules.layers import Conv, Norm, whole_groups
+from ..modules.layers import MIXED, Layer, layer_of
 from ..modules.running import call, clone
 from ..surgery.inject import detach
-from ..surgery.slim import cut_module
 
-TIMED: Any = (Conv, nn.Linear, *Norm)
 FRACTIONS = (0.25, 0.5, 1.0)  # of a layer's inputs and of its outputs, at which it is timed
 WARM_UP, ROUNDS, LAYER_SECONDS = 3, 30, 0.02
 
@@ -86,10 +84,11 @@ def _inputs(model: nn.Module, dummy_input: Any) -> list[tuple[str, Tensor]]:
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))  # conv(input=x)
-        seen.append((path, x.detach()))
+        if isinstance(x, Tensor):
+            seen.append((path, x.detach()))
 
     for path, module in model.named_modules():
-        if isinstance(module, TIMED):
+        if layer_of(module) is not None:
             module.register_forward_pre_hook(functools.partial(note, path), with_kwargs=True)
     call(model, dummy_input)
     return seen
@@ -97,51 +96,46 @@ def _inputs(model: nn.Module, dummy_input: Any) -> list[tuple[str, Tensor]]:
 
 def _fit(layer: nn.Module, x: Tensor) -> LayerLatency:
     """The surface of one layer from timings."""
-    if not isinstance(layer, (Conv, nn.Linear)):
+    kind = layer_of(layer)
+    assert kind is not None
+    if not kind.mixes:
         return LayerLatency(0.0, 0.0, _fastest(layer, x), 0.0)
-    two_sided = not whole_groups(layer)
+    moves = {side for name in kind.tensors for side in kind.grows_with(layer, name)}
+    has_in, has_out = "in" in moves, "out" in moves
     rows, times = [], []
-    for a, b in itertools.product(FRACTIONS if two_sided else (1.0,), FRACTIONS):
-        narrow, a, b = _narrow(layer, a, b)
-        rows.append([1.0, a * two_sided, b, a * b * two_sided])
-        times.append(_fastest(narrow, _cut_input(narrow, x)))
+    for a, b in itertools.product(FRACTIONS if has_in else (1.0,), FRACTIONS if has_out else (1.0,)):
+        narrow, a, b = _narrow(layer, kind, a if has_in else b, b)
+        rows.append([1.0, a * has_in, b * has_out, a * b * has_in * has_out])
+        times.append(_fastest(narrow, _cut_input(narrow, kind, x)))
     # relative errors count, and the whole layer for as much as all the others: it is what the fit is scaled by
     weight = np.array([1.0] * (len(rows) - 1) + [len(rows) ** 0.5]) / np.maximum(times, 1e-6)
     return LayerLatency(*nnls(np.array(rows) * weight[:, None], np.array(times) * weight)[0])
 
 
-def _narrow(layer: nn.Module, a: float, b: float) -> tuple[nn.Module, float, float]:
+def _narrow(layer: nn.Module, kind: Layer, a: float, b: float) -> tuple[nn.Module, float, float]:
     """A layer with the first inputs and outputs (of every group) of itself, and the fractions that these are."""
     # the tensors are shared until they are cut
     narrow = copy.deepcopy(layer, {id(p): p for p in layer.parameters(recurse=False)})
-    if isinstance(layer, nn.Linear):
-        into, out = _first(layer.in_features, 1, a), _first(layer.out_features, 1, b)
-    else:
-        assert isinstance(layer, Conv)
-        if whole_groups(layer):
-            left = max(1, round(b * layer.groups))
-            into = torch.arange(layer.in_channels) < left * (layer.in_channels // layer.groups)
-            out = torch.arange(layer.out_channels) < left * (layer.out_channels // layer.groups)
-        else:
-            into, out = _first(layer.in_channels, layer.groups, a), _first(layer.out_channels, layer.groups, b)
-    cut_module(narrow, {"in": into, "out": out})
-    return narrow, float(into.double().mean()), float(out.double().mean())
+    widths, units = kind.widths(layer), kind.units(layer)
+    keep = {}
+    for side, fraction in zip(MIXED, (a, b)):
+        if side in widths:
+            numbers = units.get(side, torch.arange(widths[side]))
+            numbers = numbers - numbers.min()
+            keep[side] = numbers < max(1, round(fraction * (int(numbers.max()) + 1)))
+    kind.cut(narrow, keep)
+    shares = [float(keep[side].double().mean()) if side in keep else 1.0 for side in MIXED]
+    return narrow, shares[0], shares[1]
 
 
-def _cut_input(layer: nn.Module, x: Tensor) -> Tensor:
+def _cut_input(layer: nn.Module, kind: Layer, x: Tensor) -> Tensor:
     """As many channels of ``x`` as a layer takes, in the memory format of ``x``."""
-    if isinstance(layer, nn.Linear):
-        return x[..., : layer.in_features].contiguous()
-    assert isinstance(layer, Conv)
-    cut = x.narrow(x.dim() - layer.weight.dim() + 1, 0, layer.in_channels)
+    widths = kind.widths(layer)
+    if "in" not in widths:
+        return x
+    cut = x.narrow(kind.input_axis(layer) % x.dim(), 0, widths["in"])
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return cut.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _first(channels: int, groups: int, fraction: float) -> Tensor:
-    """bool ``[channels]``: the first of every group."""
-    size = channels // groups
-    return torch.arange(channels) % size < max(1, round(fraction * size))
 
 
 def _fastest(layer: nn.Module, x: Tensor) -> float:

@@ -16,7 +16,7 @@ from ..budget import Complexity
 from ..channels.graph import VertexKey
 from ..channels.groups import ChannelGroup
 from ..modules.choices import choices_of
-from ..modules.layers import Conv, whole_groups
+from ..modules.layers import MIXED, layer_of
 from .count import flops_by_module
 from .latency import LayerLatency, layer_latencies
 
@@ -126,13 +126,18 @@ class CostModel:
                 continue
             module = model.get_submodule(path)
             flops, time = float(flops_of[path]), latency_of.get(path, LayerLatency(0.0, 0.0, 0.0, 0.0))
-            if isinstance(module, (Conv, nn.Linear)):
-                a, b = row_of.get((path, "in", None), 0), row_of.get((path, "out", None), 0)
-                a = 0 if whole_groups(module) else a
-                terms.append((path, flops, module.weight.numel(), time.by_both, a, b))
-                terms.append((path, 0.0, module.bias.numel() if module.bias is not None else 0, time.by_out, b, 0))
-                if a:
-                    terms.append((path, 0.0, 0.0, time.by_in, a, 0))
+            layer = layer_of(module)
+            if layer is not None and layer.mixes:
+                into, out = (row_of.get((path, side, None), 0) for side in MIXED)
+                weights = layer.weights(module)
+                whole_size = sum(weight.numel() for weight in weights.values())
+                for name, weight in weights.items():  # at equal positions, FLOPs are as the numbers of weights
+                    sides, share = layer.grows_with(module, name), weight.numel() / whole_size
+                    a, b = into if "in" in sides else 0, out if "out" in sides else 0
+                    terms.append((path, flops * share, weight.numel(), time.by_both * share, a, b))
+                terms.append((path, 0.0, layer.vectors(module, "out"), time.by_out, out, 0))
+                if into and any("in" in layer.grows_with(module, name) for name in layer.tensors):
+                    terms.append((path, 0.0, layer.vectors(module, "in"), time.by_in, into, 0))
             else:
                 own = sum(p.numel() for p in module.parameters(recurse=False))
                 terms.append((path, flops, own, time.by_out, row_of[path, "both", None], 0))

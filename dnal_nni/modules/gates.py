@@ -123,7 +123,7 @@ class AffineGate(ChannelFactor):
 
 
 class InputGate(ChannelFactor):
-    """Multiplies the input of a consumer, whose channels lie in dimension ``dim`` (from the end)."""
+    """Multiplies the input of a consumer, whose channels lie in dimension ``dim`` (negative: from the end)."""
 
     def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, dim: int) -> None:
         super().__init__(gates, index)
@@ -133,7 +133,7 @@ class InputGate(ChannelFactor):
         factor = self.factor()
         if factor is None:
             return x
-        return x * factor.to(x.dtype).view(-1, *[1] * (-self.dim - 1))
+        return x * factor.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
 
 
 class StatisticsGate(ChannelFactor):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
-from ..modules.layers import Norm
+from ..modules.layers import Norm, layer_of
 from ..search.objective import Limits
 
 
@@ -134,7 +134,8 @@ def split_config(
     """The config for NNI, without modules whose type it has no setting for (it refuses those); all that is selected.
 
     A layer of a subclass, such as timm's ``Conv2dSame``, goes with the ``op_types`` that it is derived from. A module
-    derived from none of them, such as ``MultiheadAttention``, cannot be named by type: it goes with any of them.
+    derived from none of them, such as ``MultiheadAttention``, cannot be named by type: it goes with any of them. So do
+    embeddings, whose columns are the width of the layers that read them; ``exclude_op_types`` leaves them out.
 
     Returns:
         NNI's config_list, and the setting by module name; where several entries name a layer, the first one holds.
@@ -142,6 +143,7 @@ def split_config(
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     lineage = {type(m).__name__: [c.__name__ for c in type(m).__mro__] for m in owners}
     strange = {name: line for name, line in lineage.items() if name not in PruningSetting.registry}
+    tables = {type(m).__name__ for m in owners if (layer := layer_of(m)) and layer.sides == ["out"]}
     for_nni = []
     selected: dict[str, Setting] = {}
     for config in trans_legacy_config_list([dict(config) for config in config_list]):
@@ -151,6 +153,7 @@ def split_config(
             wide[key] = [*config[key], *(name for name, line in strange.items() if set(line) & set(config[key]))]
         if "op_types" in config:
             wide["op_types"] += [n for n, line in strange.items() if not set(line) & set(PruningSetting.registry)]
+            wide["op_types"] += sorted(tables)
         values = {**config, **config.get("target_settings", {}).get("weight", {})}
         setting = Setting(**{key: values.get(key) for key in VALUES})
         for name in select_modules_by_config(model, wide)[0]:

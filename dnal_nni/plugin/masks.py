@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..channels.groups import ChannelGroup, Member, groups_of
 from ..cost.count import measure
 from ..errors import DNALError
-from ..modules.layers import Conv
+from ..modules.layers import Conv, layer_of
 from ..modules.running import clone
 from ..report.record import GroupReport, Report
 from ..search.importance import importance
@@ -160,13 +160,12 @@ def _check_mask(module: nn.Module, path: str, target: str, mask: Any) -> None:
 def _axes(module: nn.Module, target: str, dims: int) -> dict[str, int]:
     """The channel axis of a mask, by side."""
     if target.startswith("_"):
-        axis = dims - 1 if isinstance(module, nn.Linear) else min(1, dims - 1)
+        layer = layer_of(module)
+        axis = layer.input_axis(module) % dims if layer is not None and dims > 1 else min(1, dims - 1)
         return {"in" if target.startswith("_input_") else "out": axis}
-    if isinstance(module, Conv):
-        if module.groups > 1:  # all outputs (transposed: all inputs) in dimension 0, the rest of one group in 1
-            return {"in" if module.transposed else "out": 0}
-        return {"in": 0, "out": 1} if module.transposed else {"out": 0, "in": 1}
-    return {"out": 0, "in": 1} if isinstance(module, nn.Linear) else {"out": 0}
+    layer = layer_of(module)
+    found = layer.dims(module, target) if layer is not None else {"out": 0}
+    return {"in" if side == "in" else "out": dim for side, dim in found.items()}
 
 
 def votes_on(group: ChannelGroup, closed: Mapping[tuple[str, str], Tensor]) -> Votes:

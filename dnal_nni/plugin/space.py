@@ -28,16 +28,7 @@ from torch import nn
 
 from ..errors import DNALError
 from ..modules.choices import Cell, Choice, Depth, Inputs, Mixture
-from ..modules.layers import Conv, Norm
-
-_NUMBERS = {
-    nn.Linear: ("in_features", "out_features"),
-    nn.modules.batchnorm._BatchNorm: ("num_features",),
-    Conv: ("in_channels", "out_channels"),
-    nn.GroupNorm: ("num_channels",),
-    nn.PReLU: ("num_parameters",),
-}
-"""The arguments of layers that are widths, which are also the attributes that tell a cut layer's width."""
+from ..modules.layers import Norm, layer_of
 
 
 def supernet(space: ModelSpace) -> nn.Module:
@@ -298,7 +289,9 @@ def _arguments(module: ParametrizedModule) -> dict[str, Any]:
 
 
 def _width_names(module: nn.Module) -> tuple[str, ...]:
-    return next((names for kind, names in _NUMBERS.items() if isinstance(module, kind)), ())
+    """The arguments that are widths, which are also the attributes that tell a cut layer's width."""
+    layer = layer_of(module)
+    return tuple(layer.sizes) if layer is not None and "normalized_shape" not in layer.sizes else ()
 
 
 def _make_plain(module: ParametrizedModule) -> None:

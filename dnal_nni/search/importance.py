@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..channels.groups import ChannelGroup
-from ..modules.layers import Conv
+from ..modules.layers import layer_of
 
 
 def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
@@ -20,20 +20,19 @@ def importance(model: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
             if member.bare or member.side == "size":
                 continue
             module = model.get_submodule(member.path)
-            if not isinstance(module, (Conv, nn.Linear)):
+            layer = layer_of(module)
+            if layer is None:
                 continue
-            weight = module.weight.detach().double().cpu()
-            transposed = isinstance(module, Conv) and module.transposed
-            grouped = isinstance(module, Conv) and module.groups > 1
-            if grouped and member.side == "in":
-                continue
-            dim = 0 if (member.side == "out") != transposed or grouped else 1
-            squares = weight.pow(2).sum([d for d in range(weight.dim()) if d != dim])
-            if squares.numel() <= int(member.channels.max()):
-                continue
-            part = torch.zeros(group.channels, dtype=torch.float64)
-            part.index_add_(0, member.units, squares[member.channels])
-            total += part / part.mean().clamp(min=1e-30)
+            for name, weight in layer.weights(module).items():
+                dim = layer.dims(module, name).get(member.side)
+                if dim is None:
+                    continue
+                squares = weight.detach().double().cpu().pow(2).sum([d for d in range(weight.dim()) if d != dim])
+                if squares.numel() <= int(member.channels.max()):
+                    continue
+                part = torch.zeros(group.channels, dtype=torch.float64)
+                part.index_add_(0, member.units, squares[member.channels])
+                total += part / part.mean().clamp(min=1e-30)
         root = total.sqrt() if bool(total.any()) else torch.ones_like(total)  # candidates start alike
         scores.append(root / root.mean().clamp(min=1e-30))
     return torch.cat(scores)

@@ -15,7 +15,7 @@ from ..errors import DNALError
 from ..modules.adapters import adapt
 from ..modules.bake import bake
 from ..modules.choices import Choice
-from ..modules.layers import Conv, RMSNorm
+from ..modules.layers import Layer, layer_of
 from ..modules.running import FORWARD_ERRORS, clone
 from ..surgery.inject import is_gated
 from ..surgery.slim import CHANGES, drop
@@ -26,27 +26,15 @@ if TYPE_CHECKING:
 
 
 FORMAT = "dnal_nni/1"
-_SIZES: dict[Any, tuple[str, ...]] = {
-    Conv: ("in_channels", "out_channels", "groups"),
-    nn.Linear: ("in_features", "out_features"),
-    nn.modules.batchnorm._NormBase: ("num_features",),
-    nn.GroupNorm: ("num_channels", "num_groups"),
-    nn.PReLU: ("num_parameters",),
-}
+
+
+def _layers(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
+    return {path: layer for path, module in modules.items() if (layer := layer_of(module))}
 
 
 def _sizes(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
     """The channel counts of every layer that has some."""
-    sizes: dict[str, dict[str, int]] = {}
-    for path, module in modules.items():
-        if isinstance(module, (nn.LayerNorm, RMSNorm)):
-            if len(module.normalized_shape) == 1:
-                sizes[path] = {"normalized_shape": module.normalized_shape[0]}
-            continue
-        for kind, names in _SIZES.items():
-            if isinstance(module, kind):
-                sizes[path] = {name: getattr(module, name) for name in names}
-    return sizes
+    return {path: layer.state(modules[path]) for path, layer in _layers(modules).items()}
 
 
 def _holder(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
@@ -187,9 +175,9 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     modules = dict(model.named_modules(remove_duplicate=False))
     for layer in header.baked:
         bake(modules[layer])
-    for layer, sizes in header.sizes.items():
-        for attribute, size in sizes.items():
-            setattr(modules[layer], attribute, (size,) if attribute == "normalized_shape" else size)
+    for place, kind in _layers(modules).items():
+        for attribute, size in header.sizes.get(place, {}).items():
+            kind.set_size(modules[place], attribute, size)
     for number, value in stored.items():
         setattr(*_holder(modules, number), value)
     changes = {name: getattr(header, name) for name in ("choices", "baked", "stored", "unsaved")}
@@ -284,10 +272,11 @@ def _check_sizes(
     modules: Mapping[str, nn.Module], path: Any, sizes: dict[str, dict[str, int]], tensors: dict[str, Tensor]
 ) -> None:
     have = _sizes(modules)
-    if sizes.keys() != have.keys():
-        odd = min(sizes.keys() ^ have.keys())
+    if not sizes.keys() <= have.keys():
+        odd = min(sizes.keys() - have.keys())
         raise DNALError(f"{path} does not fit the model: layer {odd} is only in one of them")
-    for layer, values in sizes.items():
+    for layer, kind in _layers(modules).items():
+        values = sizes.get(layer, have[layer])  # a kind that was not known when the file was written is whole
         if values.keys() != have[layer].keys():
             odd = min(values.keys() ^ have[layer].keys())
             raise DNALError(f"{path} does not fit the model: {layer}.{odd} is only in one of them")
@@ -297,7 +286,7 @@ def _check_sizes(
         groups = values.get("groups", values.get("num_groups", 1))
         if any(values.get(name, 0) % groups for name in ("in_channels", "out_channels", "num_channels")):
             raise DNALError(f"{path} is damaged: the channels of {layer} do not fall into {groups} groups")
-        for name, expected in _shapes(modules[layer], values).items():
+        for name, expected in kind.shapes(modules[layer], values).items():
             tensor = tensors.get(f"{layer}.{name}" if layer else name)
             if tensor is not None and list(tensor.shape) != expected:
                 raise DNALError(f"{path}: {layer}.{name} is {list(tensor.shape)}, but its sizes say {expected}")
@@ -323,14 +312,3 @@ def _check_stored(modules: Mapping[str, nn.Module], path: Any, stored: Mapping[s
     return checked
 
 
-def _shapes(module: nn.Module, values: dict[str, int]) -> dict[str, list[int]]:
-    """The shapes that a layer's tensors must have for its sizes."""
-    if isinstance(module, Conv):
-        outputs = values["out_channels"]
-        first, second = (values["in_channels"], outputs) if module.transposed else (outputs, values["in_channels"])
-        return {"weight": [first, second // values["groups"], *module.kernel_size], "bias": [outputs]}
-    if isinstance(module, nn.Linear):
-        return {"weight": [values["out_features"], values["in_features"]], "bias": [values["out_features"]]}
-    widths = ("num_features", "num_channels", "num_parameters", "normalized_shape")
-    width = [next(values[name] for name in widths if name in values)]
-    return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), width)

@@ -15,7 +15,7 @@ from ..errors import DNALError
 from ..modules.adapters import adapt, restore
 from ..modules.choices import Choice
 from ..modules.gates import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate
-from ..modules.layers import masked_statistics
+from ..modules.layers import layer_of, masked_statistics
 
 _INPUT_GATE = "dnal_input_gate"
 _STATISTICS_GATE = "dnal_statistics_gate"
@@ -90,7 +90,9 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
     for path, sources in inputs.items():
         consumer = model.get_submodule(path)
         involved, index = _index(sources)
-        dim = -1 if isinstance(consumer, nn.Linear) else -(len(consumer.kernel_size) + 1)  # type: ignore[arg-type]
+        layer = layer_of(consumer)
+        assert layer is not None
+        dim = layer.input_axis(consumer)
         consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
         consumer.register_forward_pre_hook(_gate_input)
 

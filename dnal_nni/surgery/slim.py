@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..channels.graph import Side
 from ..channels.groups import ChannelGroup
 from ..modules.adapters import adapt
 from ..modules.bake import bake
 from ..modules.choices import Choice
-from ..modules.layers import Conv, Counted, RMSNorm, masked_statistics, whole_groups
+from ..modules.layers import Side, cut_tensor, layer_of
 from ..modules.running import clone
 from .inject import detach
 
@@ -69,17 +68,18 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             owner, _, name = path.rpartition(".")
             for (_, dim), mask in sides.items():
                 assert dim is not None
-                _cut(slim.get_submodule(owner), name, dim, mask)
+                cut_tensor(slim.get_submodule(owner), name, dim, mask)
             holder = slim.get_submodule(owner)
             if name in holder._non_persistent_buffers_set:
                 changes["unsaved"].append(path)
-            if isinstance(holder, nn.Linear) and name == "weight":  # whose parent computes with its weight
-                holder.out_features, holder.in_features = holder.weight.shape
+            if kind := layer_of(holder):  # whose parent computes with its weight
+                kind.follow(holder)
         else:
             layer = slim.get_submodule(path)
             if bake(layer):
                 changes["baked"].append(path)
-            cut_module(layer, {side: mask for (side, _), mask in sides.items()})
+            if kind := layer_of(layer):  # else it holds no tensors
+                kind.cut(layer, {side: mask for (side, _), mask in sides.items()})
     setattr(slim, CHANGES, changes)
     return slim
 
@@ -107,63 +107,3 @@ def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None]
     return value
 
 
-def _cut(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
-    """Keep the entries ``keep`` (bool) of one dimension of a parameter or buffer; None stays None."""
-    old = getattr(module, name, None)
-    if old is None or bool(keep.all()):
-        return
-    new = old.detach().index_select(dim, keep.nonzero().flatten().to(old.device))
-    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
-        new = new.contiguous(memory_format=torch.channels_last)
-    if isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    else:
-        setattr(module, name, new)
-
-
-def cut_module(module: nn.Module, sides: Mapping[Side, Tensor]) -> None:
-    """Keep some channels of a layer, in place: bool ``[channels]`` for every side that loses some."""
-    if isinstance(module, Conv):
-        _cut_conv(module, sides)
-    elif isinstance(module, nn.Linear):
-        if "out" in sides:
-            _cut(module, "weight", 0, sides["out"])
-            _cut(module, "bias", 0, sides["out"])
-        if "in" in sides:
-            _cut(module, "weight", 1, sides["in"])
-        module.out_features, module.in_features = module.weight.shape
-    elif not isinstance(module, Counted):
-        keep = sides["both"]
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _cut(module, name, 0, keep)
-        left = int(keep.sum())
-        if isinstance(module, nn.GroupNorm):
-            if not masked_statistics(module):
-                module.num_groups = module.num_groups * left // module.num_channels
-            module.num_channels = left
-        elif isinstance(module, (nn.LayerNorm, RMSNorm)):
-            module.normalized_shape = (left,)
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = left
-        else:
-            module.num_features = left  # type: ignore[assignment]
-
-
-def _cut_conv(conv: nn.modules.conv._ConvNd, sides: Mapping[Side, Tensor]) -> None:
-    keep_out = sides.get("out", torch.ones(conv.out_channels, dtype=torch.bool))
-    keep_in = sides.get("in", torch.ones(conv.in_channels, dtype=torch.bool))
-    out_dim, in_dim = (1, 0) if conv.transposed else (0, 1)
-    groups = conv.groups
-    if groups == 1:
-        _cut(conv, "weight", out_dim, keep_out)
-        _cut(conv, "weight", in_dim, keep_in)
-    else:
-        # the weight of a grouped convolution has all channels in dimension 0 and one group's in dimension 1
-        first, second = (keep_in, keep_out) if conv.transposed else (keep_out, keep_in)
-        _cut(conv, "weight", 0, first)
-        if whole_groups(conv):
-            groups = int(keep_in.view(groups, -1).any(1).sum())
-        else:
-            _cut(conv, "weight", 1, second.view(groups, -1)[0])
-    _cut(conv, "bias", 0, keep_out)
-    conv.in_channels, conv.out_channels, conv.groups = int(keep_in.sum()), int(keep_out.sum()), groups

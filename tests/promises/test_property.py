@@ -453,6 +453,14 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
         ["conv0.conv", "conv1.conv", "conv2.conv"],
     ),
     "checkpointed": (Program((C, op("cut"), LAST)), ["conv0.conv", "cut1.body.0", "cut1.body.2"]),
+    "a table of positions": (Program((C, op("positions"), LAST)), ["conv0.conv", "positions1.table"]),
+    "a table of positions, tokens": (
+        Program((C, op("tokens"), op("positions"), op("mlp"))),
+        ["conv0.conv", "positions2.table"],
+    ),
+    "an LSTM reads it": (Program((C, op("read"), op("linear"))), FIRST),
+    "a bidirectional GRU reads it": (Program((C, op("read", form=nn.GRU, both=True), op("linear"))), FIRST),
+    "deformable": (Program((C, op("deformable"), op("norm"), LAST)), ["conv0.conv", "deformable1.conv"]),
     "an unused module": (Program((C, op("side", form="unused"), LAST)), ["conv2.conv"]),
 }
 

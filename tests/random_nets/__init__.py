@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from . import blocks, channels  # their ingredients register themselves
+from . import blocks, channels, kinds  # their ingredients register themselves
 from .layers import SOME
 from .program import INGREDIENTS, Network, Op, Program, op, run, runs
 

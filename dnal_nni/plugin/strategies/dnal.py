@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...budget import Budget
 from ...errors import DNALError
 from ...modules.choices import Mixture
-from ...modules.layers import Conv
+from ...modules.layers import mixing
 from ...report.record import Report
 from ...search.loop import Search
 from ..pruner import DNALPruner
@@ -103,7 +103,7 @@ class DNALStrategy(OneShotStrategy):
             )
         assert self._space is not None
         model = self._space.supernet
-        kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, (Conv, nn.Linear))})
+        kinds = sorted({type(m).__name__ for m in model.modules() if mixing(m)})
         self._pruner = DNALPruner(
             model,
             [{"op_types": kinds}],

@@ -1,0 +1,70 @@
+"""Steps that are layers of rarer kinds: tables, recurrent layers that read a map, deformable convolutions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torchvision
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from .layers import SOME, WIDTHS
+from .program import Made, Value, ingredient
+
+
+class Positions(nn.Module):
+    """Adds a learned vector to every position (ViT, Whisper): ``[B, L, C]`` or ``[B, C, ...]``."""
+
+    def __init__(self, channels: int, positions: int, last: bool) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(positions, channels), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.last:
+            return x + self.table(torch.arange(x.shape[1]))
+        added = self.table(torch.arange(math.prod(x.shape[2:])) % self.table.num_embeddings)
+        return x + added.t().unflatten(1, x.shape[2:])
+
+
+@ingredient()
+def positions(x: Value) -> Made:
+    if x.kind == "vector":
+        return None
+    length = x.tensor.shape[1] if x.kind == "tokens" else math.prod(x.space)
+    return Positions(x.channels, length, x.kind == "tokens") if length <= 64 else None
+
+
+class Read(nn.Module):
+    """A recurrent layer over the last axis of a map, as in a CRNN: ``[B, C, ...] -> [B, L, H]``."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.dim() > 3:
+            x = x.mean(2)
+        return self.layer(x.transpose(1, 2))[0]
+
+
+@ingredient(form=st.sampled_from((nn.LSTM, nn.GRU, nn.RNN)), width=WIDTHS, both=SOME)
+def read(x: Value, *, form: type[nn.RNNBase] = nn.LSTM, width: int = 4, both: bool = False) -> Made:
+    if not x.dims:
+        return None
+    return Read(form(x.channels, width, num_layers=1 + both, bidirectional=both, batch_first=True)), "tokens"
+
+
+class Deformable(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(channels, 18, 3, padding=1)
+        self.conv = torchvision.ops.DeformConv2d(channels, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, 0.1 * self.offset(x))
+
+
+@ingredient(width=WIDTHS)
+def deformable(x: Value, *, width: int = 8) -> Made:
+    return Deformable(x.channels, width) if x.dims == 2 else None
