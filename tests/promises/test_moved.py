@@ -40,7 +40,7 @@ PUBLIC = {
     "groups": "Site Member ChannelGroup trace find_groups groups_of",
     "inject": "check_model is_gated attach detach",
     "inspection": "GroupRow WholeLayer Inspection inspect",
-    "latency": "TIMED FRACTIONS WARM_UP ROUNDS LAYER_SECONDS latencies LayerLatency layer_latencies",
+    "latency": "FRACTIONS WARM_UP ROUNDS LAYER_SECONDS latencies LayerLatency layer_latencies",
     "masks": "Masks Conflicts Votes REPORT speedup closed_channels votes_on decide layer_masks",
     "page": "page",
     "products": "matmul attention convolution batch_norm",
@@ -57,12 +57,12 @@ PUBLIC = {
     "search": "PAPER_LR PAPER_MOMENTUM PAPER_THRESHOLD BINS ungated Search",
     "selection": "Setting VALUES RATIOS SELECT LEGACY GIVEN WHY_NOT check_config split_config select limits pools",
     "shims": "around_step lightning_max_steps lightning_max_epochs TransformersEvaluator",
-    "slim": "Keep CHANGES slim_copy drop cut_module",
+    "slim": "Keep CHANGES slim_copy drop",
     "space": "supernet Space",
     "steps": "steps_per_epoch same_random_numbers",
     "strategy": "DNALStrategy",
     "targets": "told load_callable load_target load_weights",
-    "trace": "is_layer Trace",
+    "trace": "Trace",
     "verify": (
         "TOLERANCE VALUES example_like difference check_equal whole_outputs random_keep hard_gated_copy "
         "verify_and_freeze conditioned_example"
