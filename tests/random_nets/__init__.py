@@ -10,7 +10,7 @@ from . import blocks, channels, kinds  # their ingredients register themselves
 from .layers import SOME
 from .program import INGREDIENTS, Network, Op, Program, op, run, runs
 
-__all__ = ["Network", "Program", "blocks", "channels", "op", "programs", "run", "runs"]
+__all__ = ["Network", "Program", "blocks", "channels", "kinds", "op", "programs", "run", "runs"]
 
 BACK = st.sampled_from((0, 0, 0, 0, 1, 2, 3))
 
