@@ -19,7 +19,7 @@ from ..modules.layers import Layer, layer_of
 from ..modules.running import FORWARD_ERRORS, clone
 from ..surgery.inject import is_gated
 from ..surgery.slim import CHANGES, drop
-from .files import check_sum, read_tensors, write_tensors
+from .files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..report.record import Report
@@ -161,7 +161,6 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     modules = dict(planned.named_modules(remove_duplicate=False))
     _check_sizes(dict(planned.named_modules()), path, header.sizes, tensors)
     stored = _check_stored(modules, path, header.stored)
-    check_sum(path, parts)
     try:
         for name in own:
             _holder(modules, name)
