@@ -49,7 +49,7 @@ _NOW = {
     "search": ("search.loop", "surgery.inject"),
     "selection": ("plugin.config",),
     "shims": ("plugin.shims",),
-    "slim": ("surgery.slim",),
+    "slim": ("surgery.slim", "surgery.changes"),
     "space": ("plugin.space",),
     "steps": ("plugin.steps",),
     "strategy": ("plugin.strategies.dnal",),

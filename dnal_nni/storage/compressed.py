@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,9 @@ from ..modules.bake import bake
 from ..modules.choices import Choice
 from ..modules.layers import Layer, layer_of
 from ..modules.running import FORWARD_ERRORS, clone
+from ..surgery.changes import Changes, changes_of, of_form, set_changes
 from ..surgery.inject import is_gated
-from ..surgery.slim import CHANGES, drop
+from ..surgery.slim import drop
 from .files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Repor
     """
     if is_gated(slim):
         raise DNALError("save_compressed: this network still has gates: save what speedup() returned")
-    changes = getattr(slim, CHANGES, {"choices": {}, "baked": [], "stored": {}, "unsaved": []})
+    changes = changes_of(slim)
     state = dict(slim.state_dict(keep_vars=True))
-    state |= {name: slim.get_buffer(name) for name in changes.get("unsaved", ())}
+    state |= {name: slim.get_buffer(name) for name in changes.unsaved}
     tensors: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -75,65 +75,10 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Repor
     parts = {
         "sizes": _sizes(dict(slim.named_modules())),
         "aliases": aliases,
-        "changes": changes,
+        "changes": changes.to_json(),
         "versions": {"dnal_nni": version("dnal_nni"), "torch": torch.__version__},
     }
     write_tensors(path, FORMAT, tensors, **parts, **({} if report is None else {"report": report.to_dict()}))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    """What the header of a file says, in the types that it must have.
-
-    Attributes:
-        sizes: by layer, its channel counts.
-        aliases: names of tensors that are another one, and of which.
-        choices: by path of a choice among candidates, 0 or 1 for each: those that went.
-        baked: layers whose weight is not computed any more.
-        stored: new values of numbers that modules keep about their channels.
-        unsaved: buffers that no state dict holds, but that were cut.
-    """
-
-    sizes: dict[str, dict[str, int]]
-    aliases: dict[str, str]
-    choices: dict[str, list[int]]
-    baked: list[str]
-    stored: dict[str, int | list[int]]
-    unsaved: list[str]
-
-
-def _header(path: Any, parts: Mapping[str, Any]) -> _Header:
-    changes = parts.get("changes")
-    if not isinstance(changes, dict):
-        raise DNALError(f"{path} is damaged: its header has no 'changes'")
-    found: dict[str, Any] = {name: parts.get(name) for name in ("sizes", "aliases")}
-    found |= {name: changes.get(name) for name in ("baked", "stored")} | {"unsaved": changes.get("unsaved", [])}
-    found["choices"] = changes.get("choices", {})
-    header = _Header(**found)  # of any types: they are checked next
-
-    def mapping(value: Any, entry: Callable[[Any], bool]) -> bool:
-        return isinstance(value, dict) and all(map(entry, value.values()))
-
-    def sequence(value: Any, entry: Callable[[Any], bool]) -> bool:
-        return isinstance(value, list) and all(map(entry, value))
-
-    def name(value: Any) -> bool:
-        return isinstance(value, str)
-
-    def number(value: Any) -> bool:
-        return type(value) is int  # True is an int too
-
-    for what, right in (
-        ("sizes", mapping(header.sizes, lambda sizes: mapping(sizes, number))),
-        ("aliases", mapping(header.aliases, name)),
-        ("choices", mapping(header.choices, lambda kept: sequence(kept, lambda value: value in (0, 1)))),
-        ("baked", sequence(header.baked, name)),
-        ("stored", mapping(header.stored, lambda value: number(value) or sequence(value, number))),
-        ("unsaved", sequence(header.unsaved, name)),
-    ):
-        if not right:
-            raise DNALError(f"{path} is damaged: {what!r} in its header is not of the right form")
-    return header
 
 
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -151,16 +96,18 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     if is_gated(model):
         raise DNALError("load_compressed: this network has gates: call pruner.unwrap_model(), or build a fresh one")
     tensors, parts = read_tensors(path, FORMAT, "save_compressed")
-    header = _header(path, parts)
-    for name, first in header.aliases.items():
+    changes = Changes.from_json(parts.get("changes"), path)
+    aliases: dict[str, str] = of_form(dict[str, str], parts.get("aliases"), "aliases", path)
+    sizes: dict[str, dict[str, int]] = of_form(dict[str, dict[str, int]], parts.get("sizes"), "sizes", path)
+    for name, first in aliases.items():
         if first not in tensors or name in tensors:
             raise DNALError(f"{path} is damaged: it has no {first} for {name} to be the same as")
-    planned = _chosen(model, path, header.choices)
-    own = _own_tensors(planned, path, header)
-    _check_tensors(path, own, tensors, header.aliases)
+    planned = _chosen(model, path, changes)
+    own = _own_tensors(planned, path, changes)
+    _check_tensors(path, own, tensors, aliases)
     modules = dict(planned.named_modules(remove_duplicate=False))
-    _check_sizes(dict(planned.named_modules()), path, header.sizes, tensors)
-    stored = _check_stored(modules, path, header.stored)
+    _check_sizes(dict(planned.named_modules()), path, sizes, tensors)
+    stored = _check_stored(modules, path, changes.stored)
     try:
         for name in own:
             _holder(modules, name)
@@ -169,20 +116,19 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     # what lies on a device can run out of its memory: it is there ahead of the first change
     new = {name: _like(own[name], tensor) for name, tensor in tensors.items() if own[name].device.type != "cpu"}
 
-    drop(model, header.choices)  # the first change
+    drop(model, changes.choices)  # the first change
     adapt(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    for layer in header.baked:
+    for layer in changes.baked:
         bake(modules[layer])
     for place, kind in _layers(modules).items():
-        for attribute, size in header.sizes.get(place, {}).items():
+        for attribute, size in sizes.get(place, {}).items():
             kind.set_size(modules[place], attribute, size)
     for number, value in stored.items():
         setattr(*_holder(modules, number), value)
-    changes = {name: getattr(header, name) for name in ("choices", "baked", "stored", "unsaved")}
-    setattr(model, CHANGES, changes)
+    set_changes(model, changes)
     for name in list(own):  # one at a time, so that the memory of the old tensors serves the new ones
-        old, first = own.pop(name), header.aliases.get(name, name)
+        old, first = own.pop(name), aliases.get(name, name)
         if first not in new:
             new[first] = _like(own.get(first, old), tensors[first])
         module, attribute = _holder(modules, name)
@@ -201,29 +147,29 @@ def saved_report(path: str | os.PathLike[str]) -> Report:
     return Report.from_dict(parts["report"])
 
 
-def _chosen(model: nn.Module, path: Any, choices: dict[str, list[int]]) -> nn.Module:
+def _chosen(model: nn.Module, path: Any, changes: Changes) -> nn.Module:
     """The model without the candidates that went: a copy, where there are some."""
-    if not choices:
+    if not changes.choices:
         return model
     model = clone(model)
-    for place in sorted(choices, key=len):
+    for place in sorted(changes.choices, key=len):
         try:
             choice = model.get_submodule(place)
         except AttributeError:
             continue  # inside of a candidate that is gone; else tensors are missing, which is seen next
-        number = len(choices[place])
+        number = len(changes.choices[place])
         if not isinstance(choice, Choice) or len(choice.units) != number:
             raise DNALError(f"{path} does not fit the model: {place} is no choice among {number} candidates")
-        drop(model, {place: choices[place]})
+        drop(model, {place: changes.choices[place]})
     return model
 
 
-def _own_tensors(model: nn.Module, path: Any, header: _Header) -> dict[str, Tensor]:
+def _own_tensors(model: nn.Module, path: Any, changes: Changes) -> dict[str, Tensor]:
     """The tensors that the model would have with its computed weights made plain; the model stays as it is."""
     own = dict(model.state_dict(keep_vars=True))
     try:
-        own |= {name: model.get_buffer(name) for name in header.unsaved}
-        for layer in header.baked:
+        own |= {name: model.get_buffer(name) for name in changes.unsaved}
+        for layer in changes.baked:
             module = clone(model.get_submodule(layer))
             if not bake(module):
                 raise DNALError(f"{path} does not fit the model: {layer} has no computed weight")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DNALError
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
-from .slim import CHANGES
+from .changes import newly_baked
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|."""
@@ -125,7 +125,7 @@ def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[fl
                 raise DNALError(f"the cut model does not run: {str(error).splitlines()[0]}") from error
     best = torch.float64 if torch.float64 in checks else native
     # a computed weight that the cut made plain has been rounded to the model's dtype
-    exact = native if getattr(slim, CHANGES)["baked"] else best
+    exact = native if newly_baked(gated, slim) else best
     if not checks[best][1] <= TOLERANCE.get(exact, 5e-2):
         raise DNALError(
             f"the cut model differs from the gated one by {checks[best][1]:.1e} of its output (in {best}): please "

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.running import clone
+from .changes import newly_baked
 from .inject import ungated
-from .slim import CHANGES, Keep, slim_copy
+from .slim import Keep, slim_copy
 
 
 def carry_optimizer(
@@ -22,7 +23,7 @@ def carry_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of ``model`` as one of ``slim``: see :meth:`DNALPruner.carry_optimizer`."""
     names = {id(p): ungated(name) for name, p in model.named_parameters()}
-    baked = tuple(f"{path}." for path in getattr(slim, CHANGES)["baked"])
+    baked = tuple(f"{path}." for path in newly_baked(model, slim))
     state = _state(optimizer, names, baked)
     cut = {key: _cut_like(model, groups, keep, tensors) for key, tensors in state.items()}
     left = dict(slim.named_parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +14,10 @@ from ..modules.bake import bake
 from ..modules.choices import Choice
 from ..modules.layers import Side, cut_tensor, layer_of
 from ..modules.running import clone
+from .changes import Changes, changes_of, set_changes
 from .inject import detach
 
 Keep = Mapping[str, Tensor]  # group name -> bool [channels of the group]
-
-CHANGES = "_dnal_changes"
-"""Attribute of a cut network: what a cut did beside the shapes of its state dict.
-
-``{"choices": {path: [0 or 1 per unit]}, "baked": [path], "stored": {path: number(s)},
-"unsaved": [path of a buffer that is not persistent]}``.
-"""
 
 
 def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
@@ -41,7 +34,7 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
     detach(slim)
     adapt(slim)
     masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)
-    chosen: dict[str, list[int]] = {}
+    changes = Changes()
     homes: dict[str, str] = {}
     for group in groups:
         if group.frozen is not None or group.name not in keep:
@@ -51,19 +44,18 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             continue
         for member in group.members:
             if group.choice:
-                chosen[member.path] = keep[group.name].int().tolist()
+                changes.choices[member.path] = keep[group.name].int().tolist()
                 continue
             homes[member.path] = member.module
             mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
             mask[member.channels[dropped[member.units]]] = False
-    drop(slim, chosen)
+    drop(slim, changes.choices)
     left = {path for path, _ in slim.named_modules()}
-    changes: dict[str, Any] = {"choices": chosen, "baked": [], "stored": {}, "unsaved": []}
     for path, sides in masks.items():
         if homes[path] not in left:
             continue  # in a candidate that is gone
         if any(side == "size" for side, _ in sides):
-            changes["stored"][path] = _resize(slim, path, sides)
+            changes.stored[path] = _resize(slim, path, sides)
         elif any(dim is not None for _, dim in sides):
             owner, _, name = path.rpartition(".")
             for (_, dim), mask in sides.items():
@@ -71,16 +63,16 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
                 cut_tensor(slim.get_submodule(owner), name, dim, mask)
             holder = slim.get_submodule(owner)
             if name in holder._non_persistent_buffers_set:
-                changes["unsaved"].append(path)
+                changes.unsaved.append(path)
             if kind := layer_of(holder):  # whose parent computes with its weight
                 kind.follow(holder)
         else:
             layer = slim.get_submodule(path)
             if bake(layer):
-                changes["baked"].append(path)
+                changes.baked.append(path)
             if kind := layer_of(layer):  # else it holds no tensors
                 kind.cut(layer, {side: mask for (side, _), mask in sides.items()})
-    setattr(slim, CHANGES, changes)
+    set_changes(slim, changes_of(slim).then(changes))  # a copy of a cut network says what went before
     return slim
 
 
@@ -93,7 +85,7 @@ def drop(model: nn.Module, chosen: Mapping[str, Sequence[int]]) -> None:
             choice.drop(torch.tensor(chosen[path], dtype=torch.bool))
 
 
-def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> Any:
+def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None], Tensor]) -> int | list[int]:
     """Bring a number that a module keeps about its channels up to date; the new value."""
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
@@ -104,6 +96,6 @@ def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None]
             left if position is None else type(value)(left if i == position else entry for i, entry in enumerate(value))
         )
     setattr(module, name, value)
-    return value
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
