@@ -32,9 +32,8 @@ from engine import Training, Weights, batches, offload
 from nni_cuts import cut_nni, train_slim
 from torch import Tensor
 
-from dnal_nni.search.loop import PAPER_LR, PAPER_MOMENTUM
 from dnal_nni.search.objective import Objective
-from dnal_nni.search.schedule import delta_paper
+from dnal_nni.search.paper import PaperScores
 from dnal_nni.search.scores import Scores
 
 if TYPE_CHECKING:
@@ -218,27 +217,32 @@ def dnal(run: Run) -> Generator[None, None, Outcome]:
     return (yield from searched(run, run.args.search_epochs))
 
 
-def paper_search(run: Run, epochs: int, lambda_: float) -> Generator[None, None, tuple[Tensor, dict[str, Any]]]:
-    """The paper's architecture phase: frozen weights, SGD on s from 0; s (float64 [units]), and what happened."""
-    steps = epochs * run.per_epoch
-    s = torch.zeros(run.net.units, dtype=torch.float64, device=run.net.device)
-    momentum = torch.zeros_like(s)
-    table = torch.tensor([delta_paper(t, steps) for t in range(steps)], dtype=torch.float64, device=run.net.device)
-    g = torch.full((run.net.units,), 0.5, device=run.net.device)
+def paper_steps(scores: PaperScores) -> tuple[Tensor, Callable[[Tensor, Tensor], None]]:
+    """As :func:`gate_steps`, where scores learn from dL/ds."""
+    g = torch.sigmoid(torch.zeros_like(scores.value)).float()
 
     def architecture(g: Tensor, step: Tensor) -> None:
         assert g.grad is not None
-        now, then = (table.index_select(0, at.clamp(max=steps - 1)) for at in (step - 1, step))
-        soft, sigma = g.double(), torch.sigmoid(s)
-        grad = g.grad.double() * now * soft * (1 - soft) + lambda_ * sigma * (1 - sigma)
-        momentum.mul_(PAPER_MOMENTUM).add_(grad)
-        s.sub_(momentum, alpha=PAPER_LR)
-        g.copy_(torch.sigmoid(then * s))
+        value, delta = scores.gates(step - 1)
+        s = value.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = scores.penalised((g.grad * torch.sigmoid(delta * s)).sum(), [s])
+        scores.update(*torch.autograd.grad(loss, s), g, step - 1)
+        s, delta = scores.gates(step.clamp(max=scores.steps - 1))
+        g.copy_(torch.sigmoid(delta * s))
 
+    return g, architecture
+
+
+def paper_search(run: Run, epochs: int, lambda_: float) -> Generator[None, None, tuple[Tensor, dict[str, Any]]]:
+    """The paper's architecture phase: frozen weights, SGD on s from 0; s (float64 [units]), and what happened."""
+    steps = epochs * run.per_epoch
+    scores = PaperScores(run.net.units, steps, lambda_, device=run.net.device)
+    g, architecture = paper_steps(scores)
     yield from run.training(g, [0.0] * steps, 1, architecture=architecture, frozen=True).steps()
     accuracy = yield from run.net.accuracy(run.weights, g, run.test)
     decided = float(((g < 0.05) | (g > 0.95)).float().mean())
-    return s.cpu(), {"epochs": epochs, "accuracy_search": accuracy, "decided": decided}
+    return scores.value.cpu(), {"epochs": epochs, "accuracy_search": accuracy, "decided": decided}
 
 
 def dnal_paper(run: Run) -> Generator[None, None, Outcome]:

@@ -46,7 +46,7 @@ _NOW = {
     "rules": ("channels.rules.aten",),
     "schedule": ("search.schedule",),
     "scores": ("search.scores", "search.importance"),
-    "search": ("search.loop", "surgery.inject"),
+    "search": ("search.loop", "search.paper", "surgery.inject"),
     "selection": ("plugin.config",),
     "shims": ("plugin.shims",),
     "slim": ("surgery.slim", "surgery.changes"),

@@ -27,9 +27,11 @@ from ..modules.gates import GateState, ScaledSigmoidGate
 from ..report.record import GroupReport, Report, versions
 from ..search.close import exact_cut, measured_cut
 from ..search.importance import importance
-from ..search.loop import PAPER_THRESHOLD, Search
+from ..search.loop import ArchOptimizer, Search
 from ..search.objective import Limits, Objective
+from ..search.paper import PAPER_LR, PAPER_THRESHOLD, PaperScores
 from ..search.ranks import check_same, from_first, is_first, world_size
+from ..search.scores import REACH, Scores
 from ..storage.state import load_state, save_state
 from ..surgery.compare import check_equal
 from ..surgery.inject import attach, check_model, detach, is_gated
@@ -284,14 +286,12 @@ class DNALPruner(Pruner):
             known = {id(p) for p in self.bound_model.parameters()}
             if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
                 raise DNALError("search(optimizer=...): this optimizer holds no parameter of the model")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise DNALError(f"search(steps={steps!r}): must be a whole number >= 1")
         search = Search(
             self.bound_model,
-            self._active,
-            self.gates,
-            steps=steps,
-            objective=None if self.preset == "paper" else self._objective,
-            lambda_=self.lambda_,
-            arch_lr=self.arch_lr,
+            self.gates.values(),
+            self._new_scores(steps),
             optimizer=optimizer,
             weights_learn=weights_learn,
             progress=progress,
@@ -303,6 +303,15 @@ class DNALPruner(Pruner):
             self._resume = None
         self._search, self._keep, self._report = search, None, None
         return search
+
+    def _new_scores(self, steps: int) -> ArchOptimizer:
+        """The paper's search, or the one that is held to the objective."""
+        device = next(iter(self.gates.values())).s.device
+        if self.preset == "paper" or self._objective is None:
+            lr = PAPER_LR if self.arch_lr is None else self.arch_lr
+            return PaperScores(sum(self._cost.sizes), steps, self.lambda_, lr, self._limits.least, device)
+        reach = REACH if self.arch_lr is None else self.arch_lr
+        return Scores(self._objective, importance(self.bound_model, self._active).to(device), steps, reach)
 
     @contextlib.contextmanager
     def search(
@@ -483,9 +492,7 @@ class DNALPruner(Pruner):
         s = torch.cat([gate.s.detach() for gate in self.gates.values()]).double().cpu()
         if self._objective is None:
             return dict(zip(names, self._over_threshold(s.split(sizes))))
-        # the paper's search knows no floor; ranks among ties are those of the weights
-        floor = self._search.floor if self._search.objective is not None else self._limits.least
-        rank = self._search.score.cpu() if self._search.objective is not None else s
+        floor, rank = self._search.scores.floor, self._search.scores.rank(s).cpu()
         if self.budget is None:
             units = exact_cut(self._objective, rank, floor)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 DELTA_END = 1e4  # the paper's final scale
 # The paper starts at 1. There, holding the expected cost to its descent half closes every gate; from 30 on, the gates
 # that close are those with the lowest scores, and the norms' statistics are those of a network that can be cut.
@@ -23,3 +25,8 @@ def ramp(step: int, steps: int, start: float, end: float, until: float = 0.6) ->
     """Cubic descent from ``start`` to ``end`` over the first ``until`` of a search (Zhu & Gupta, arXiv 1710.01878)."""
     progress = min(1.0, (step + 1) / max(until * steps, 1.0))
     return end + (start - end) * (1 - progress) ** 3
+
+
+def at(table: Tensor, step: int | Tensor) -> Tensor:
+    """The entry of a step: a number, or int64 ``[1]`` on the device of the table, where a CUDA graph counts."""
+    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]

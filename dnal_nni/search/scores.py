@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .close import exact_cut
+from .leaves import FactorLeaves, Leaves
 from .objective import Objective, best_of_group, first_ranks, price
 from .ranks import broadcast_
-from .schedule import delta_per_step, ramp
+from .schedule import at, delta_per_step, ramp
 
 MOMENTUM = 0.9
 # Measured: with 1, groups move as blocks down to their floors, and the widths end up worse than uniform ones on
@@ -51,9 +53,12 @@ class Scores:
         moving: the number of steps after which :meth:`settle` is due.
     """
 
+    leaves: ClassVar[type[Leaves]] = FactorLeaves
+    lambda_ = 0.0  # what a search is held to is in the price, not in the loss
+
     def __init__(self, objective: Objective, start: Tensor, steps: int, reach: float = REACH) -> None:
-        self.objective = objective
-        self.floor = objective.to("cpu").floor()
+        self.objective, self.steps = objective, steps
+        self.floor: Sequence[int] = objective.to("cpu").floor()
         objective.to(start.device)
         limits = [first_ranks(objective.sizes, counts) for counts in (self.floor, objective.limits.most)]
         self.ranks = torch.stack(limits).to(start.device)
@@ -90,23 +95,27 @@ class Scores:
         else:
             worth = _normalised(worth, self.scale[0])
         self.momentum.mul_(MOMENTUM).add_(worth, alpha=1 - MOMENTUM)
-        self.value.add_(self.momentum * _entry(self.pace, step))
+        self.value.add_(self.momentum * at(self.pace, step))
 
     @torch.no_grad()
     def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
-        delta, settled, aims = (_entry(table, step) for table in (self.delta, self.settled, self.aims))
+        delta, settled, aims = (at(table, step) for table in (self.delta, self.settled, self.aims))
         if not isinstance(step, Tensor) and step >= self.moving:
             return self.structure, delta
         held, allowed = best_of_group(self.value, self.objective.group_of, self.ranks)
         if len(self.choices):
             free = price(self.objective, self.value, delta, held, allowed, aims)
             must, may = self.objective.candidates(self.value, free[self.objective.owner])
-            held, allowed = held | must, allowed & (may | ~_entry(self.narrowed, step))
+            held, allowed = held | must, allowed & (may | ~at(self.narrowed, step))
         s = self.value - price(self.objective, self.value, delta, held, allowed, aims)[self.objective.owner]
         s = torch.where(held, torch.maximum(s, 6.0 / delta), s)  # held open: far enough on the open side
         s = torch.where(allowed, s, torch.minimum(s, -6.0 / delta))
         return torch.where(settled, self.structure, s), delta
+
+    def penalised(self, loss: Tensor, s: Sequence[Tensor]) -> Tensor:
+        """``loss`` as it is: the price holds the gates to the objective."""
+        return loss
 
     def settle(self) -> None:
         """Fix the structure: what would be cut now, to the channel. Waits for the device, once in a search."""
@@ -114,6 +123,23 @@ class Scores:
         keep = exact_cut(objective, self.value, self.floor)
         self.structure.copy_(keep.double() * 2 - 1)
         broadcast_(self.structure)
+
+    def cost(self, g: Tensor) -> Tensor:
+        """For the history: the mean over the targets (0-d) of the cost at gates ``g``, ``[units]``."""
+        return self.objective.relative(g).mean()
+
+    def rank(self, s: Tensor) -> Tensor:
+        """What orders the units in a cut: their scores, whatever ``s`` the gates have."""
+        return self.value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors themselves."""
+        return {"score": self.value, "momentum": self.momentum, "scale": self.scale}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
 
 def _spread(score: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -130,7 +156,3 @@ def _normalised(worth: Tensor, scale: Tensor) -> Tensor:
     mean_square = worth.square().mean()
     scale.copy_(torch.where(scale == 0, mean_square, 0.9 * scale + 0.1 * mean_square))
     return (worth / scale.sqrt().clamp(min=1e-30)).clamp(-5, 5)
-
-
-def _entry(table: Tensor, step: int | Tensor) -> Tensor:
-    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]

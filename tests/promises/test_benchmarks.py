@@ -60,3 +60,24 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
     trained = peers.physical(job, weights, keep)[0]
     for (name, a), b in zip(small.named_parameters(), trained.parameters()):
         assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_the_engine_runs_the_library_s_paper_search() -> None:
+    """Its first steps; from delta = 100 on rounding decides, and both go their own ways."""
+    job = peers.Job("", "resnet20", 0.25, 0.5, "dnal_paper", 0)
+    data = random_data()
+    net = peers.Net(peers.gated(peers.network(job), job.budget), "cpu", "fp32")
+    weights = dict(peers.network(job).to(memory_format=torch.channels_last).state_dict())
+    scores = methods.PaperScores(net.units, STEPS, 0.01)
+    g, architecture = methods.paper_steps(scores)
+    training = methods.Training(net, weights, g, data, BATCH, 7, [0.0] * STEPS, architecture=architecture, frozen=True)
+
+    model = peers.network(job).to(memory_format=torch.channels_last).train()
+    pruner = peers.gated(model, job.budget, preset="paper", lambda_=0.01)
+    with pruner.search(STEPS, progress=False) as search:
+        for number, _ in zip(range(9), training.steps()):
+            rows = slice(number * BATCH, (number + 1) * BATCH)
+            images = net.normalised(training.pixels[rows], data)
+            search.step(F.cross_entropy(model(images), training.labels[rows]))
+            assert torch.allclose(search.score, scores.value, atol=1e-6)
+    assert float(search.score.std()) > 1e-3

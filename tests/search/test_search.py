@@ -121,7 +121,7 @@ def test_skipped_steps_and_repeated_closures(small: nn.Module, x: Tensor, batche
             backward()
             backward()
             search.after_optimizer_step()
-            assert all(leaf.grad is None for leaf in search.leaves)
+            assert all(leaf.grad is None for leaf in search.leaves.tensors)
         assert search.done == 2 and bool(search.score.isfinite().all()) and int(search.bad_step) == -1
 
 
@@ -179,4 +179,4 @@ def test_the_structure_stands_in_the_last_quarter_and_is_what_is_cut(
     assert search.decided() == 1
     objective = pruner._objective
     assert objective is not None
-    assert torch.equal(exact_cut(objective, search.score, search.floor), settled[-1])
+    assert torch.equal(exact_cut(objective, search.score, search.scores.floor), settled[-1])

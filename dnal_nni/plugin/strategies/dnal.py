@@ -224,8 +224,7 @@ class _Searching(pl.Callback):
         if self.search is None or not stepped:  # gradients are accumulated
             return
         self.search.after_optimizer_step()
-        scores = self.search.scores
-        if scores is not None and self.search.done == scores.moving:  # the structure stands: closed candidates can rest
+        if self.search.done == self.search.scores.moving:  # the structure stands: closed candidates can rest
             for group in self.pruner.groups:
                 if group.choice:
                     gate = self.pruner.gates[group.name]
