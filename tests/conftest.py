@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dnal_nni.report.record import GroupReport, Report
 
 # their modules are not part of the package
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "benchmarks")]
@@ -50,3 +53,24 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     make = lambda: (torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 10, (8,), generator=generator))  # noqa: E731
     return [make() for _ in range(8)]
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    """Of a search, with everything that a report can have."""
+    from dnal_nni import Budget, DNALPruner
+
+    torch.manual_seed(0)
+    model, images, labels = Small(), torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    pruner = DNALPruner(model, CONV, dummy_input=images, budget=Budget(flops=0.5))
+    with pruner.search(250, progress=False) as search:
+        for _ in range(250):
+            search.step(F.cross_entropy(model(images), labels))
+    pruner.speedup()
+    report = pruner.report
+    report.accuracy, report.accuracy_cut, report.latency_ms = (90.0, 89.5), 71.25, (2.0, 1.0)
+    report.file_bytes, report.uncounted, report.notes = (15200, 7700), {"aten::gelu": 3}, ["Something & more."]
+    report.layer_flops = {"stem": (55296, 27648), "fc <b>": (1280, 640)}
+    report.command = "dnal compress <script>alert(1)</script>"
+    report.groups.append(GroupReport("odd & <b>", 3, 3, "input", 1, "because a < b"))
+    return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -12,10 +12,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ..errors import DNALError, told
+from .settings import Settings
 from .targets import load_callable
-
-if TYPE_CHECKING:
-    from .settings import Settings
 
 
 class Loader(Protocol):
@@ -64,12 +62,15 @@ def loaders(settings: Settings) -> tuple[Loader, Loader | None]:
 
 
 def _folders(folder: Path, settings: Settings) -> tuple[Loader, Loader]:
-    channels, height, width = (settings.input or (1, 3, 224, 224))[1:]
+    shape = settings.input or (1, 3, 224, 224)
+    if len(shape) != 4:
+        raise DNALError(f"--input {','.join(map(str, shape))}: images need four numbers, for example 1,3,224,224")
+    channels, height, width = shape[1:]
     mean, std = list(settings.mean), list(settings.std)
     if channels == 1 and len(mean) == 3:
         mean, std = [sum(mean) / 3], [sum(std) / 3]
     if len(mean) != channels:
-        raise DNALError(f"mean and std have {len(mean)} numbers, the input {channels} channels")
+        raise DNALError(f"--mean and --std have {len(mean)} numbers, the input {channels} channels")
     last: list[Any] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     first: list[Any] = [v2.Resize((height, width)), *([v2.Grayscale()] if channels == 1 else [])]
     flipped, plain = v2.Compose([*first, v2.RandomHorizontalFlip(), *last]), v2.Compose([*first, *last])

@@ -11,38 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..channels.groups import find_groups
+from ..channels.groups import ChannelGroup, find_groups
 from ..cost.count import flops_by_module
 from ..errors import told
 from ..modules.layers import layer_of
 from ..modules.running import FORWARD_ERRORS, call, clone
+from ..report.tables import table
 from ..surgery.verify import verify_and_freeze
 
+GroupRow = ChannelGroup  # its name in version 0.1
 _UNSEEN = "no run of the model on this input shows its channels"
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupRow:
-    """One channel group.
-
-    Attributes:
-        channels: number of units, the length of its gate.
-        flops: dense FLOPs of every layer that it touches, as a fraction of the model's (see :func:`inspect`).
-        site: where its gate acts: on the affine of the norms, or at the input of the consumers.
-        producers: layers whose output channels these are.
-        consumers: layers that read them.
-        members: everything that is cut with the group, those two included.
-        frozen: why it is left whole, or None.
-    """
-
-    name: str
-    channels: int
-    flops: float
-    site: str
-    producers: list[str]
-    consumers: list[str]
-    members: list[str]
-    frozen: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,39 +40,67 @@ class WholeLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What of a network can be cut. ``touched``: fraction of the FLOPs in layers that a group to be cut touches."""
+    """What of a network can be cut.
+
+    Attributes:
+        target: what it is called.
+        flops: of the dense network.
+        params: likewise.
+        groups: its channel groups.
+        shares: by group, the dense FLOPs of every layer that it touches, as a fraction of the model's.
+        whole: layers that stay, and why.
+        touched: the fraction of the FLOPs in layers that a group to be cut touches.
+        seconds: that it took.
+    """
 
     target: str
     flops: int
     params: int
-    groups: list[GroupRow]
+    groups: list[ChannelGroup]
+    shares: dict[str, float]
     whole: list[WholeLayer]
     touched: float
     seconds: float
 
     def __str__(self) -> str:
         cut = [group for group in self.groups if group.frozen is None]
-        width = max(map(len, ["left whole", *(g.name for g in cut), *(layer.name for layer in self.whole)])) + 2
-        lines = []
-        if cut:
-            lines.append(f"{'group':{width}}{'channels':>10}{'FLOPs':>8}  {'gate':7}layers")
-            for group in cut:
-                layers = f"{_some(group.producers)} -> {_some(group.consumers)}"
-                lines.append(
-                    f"{group.name:{width}}{group.channels:>10}{group.flops:>8.1%}  {group.site:7}{layers}".rstrip()
-                )
-            lines.append("")
-        if self.whole:
-            lines.append(f"{'left whole':{width}}{'channels':>10}  why")
-            for layer in self.whole:
-                part = f" (of {layer.width})" if layer.channels < layer.width else ""
-                lines.append(f"{layer.name:{width}}{layer.channels:>10}{part}  {layer.why}")
-            lines.append("")
-        lines.append(
+        rows = []
+        for g in cut:
+            layers = f"{_some(g.producers)} -> {_some(_readers(g))}"
+            rows.append([g.name, f"{g.channels}", f"{self.shares[g.name]:.1%}", g.site, layers])
+        whole = [
+            [layer.name, f"{layer.channels}", f"(of {layer.width})" if layer.channels < layer.width else "", layer.why]
+            for layer in self.whole
+        ]
+        parts = [table(["group", "channels", "FLOPs", "gate", "layers"], rows, "lrrll")] if rows else []
+        parts += [table(["left whole", "channels", "", "why"], whole, "lrll")] if whole else []
+        parts.append(
             f"{len(cut)} of {len(self.groups)} groups can be cut; {self.touched:.1%} of the FLOPs are in layers "
             f"touched by one; {self.seconds:.1f} s"
         )
-        return "\n".join(lines)
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        groups = [
+            {
+                "name": g.name,
+                "channels": g.channels,
+                "flops": self.shares[g.name],
+                "site": g.site,
+                "producers": list(g.producers),
+                "consumers": _readers(g),
+                "members": list(dict.fromkeys(m.path for m in g.members)),
+                "frozen": g.frozen,
+            }
+            for g in self.groups
+        ]
+        whole = [dataclasses.asdict(layer) for layer in self.whole]
+        return {**vars(self), "groups": groups, "whole": whole}
+
+
+def _readers(group: ChannelGroup) -> list[str]:
+    return list(dict.fromkeys(m.path for m in group.consumers))
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -133,24 +139,13 @@ def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds
     def share(paths: set[str]) -> float:
         return sum(flops.get(path, 0) for path in paths) / max(flops[""], 1)
 
-    rows = []
+    shares: dict[str, float] = {}
     touched: set[str] = set()
     seen: set[str] = set()
     stays: dict[str, Counter[str]] = defaultdict(Counter)  # layer -> reason -> output channels
     for group in groups:
         ends = {m.path for m in group.members if m.side in ("in", "out")}
-        rows.append(
-            GroupRow(
-                name=group.name,
-                channels=group.channels,
-                flops=share(ends),
-                site=group.site,
-                producers=list(group.producers),
-                consumers=list(dict.fromkeys(m.path for m in group.consumers)),
-                members=list(dict.fromkeys(m.path for m in group.members)),
-                frozen=group.frozen,
-            )
-        )
+        shares[group.name] = share(ends)
         if group.frozen is None:
             touched |= ends
         for member in group.members:
@@ -166,7 +161,7 @@ def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds
             reasons = stays[path] if path in seen else {_UNSEEN: width}
             whole += [WholeLayer(path, channels, width, why) for why, channels in reasons.items()]
     params = sum(p.numel() for p in model.parameters())
-    return Inspection(target, flops[""], params, rows, whole, share(touched), time.perf_counter() - start)
+    return Inspection(target, flops[""], params, groups, shares, whole, share(touched), time.perf_counter() - start)
 
 
 def _as_tuple(dummy_input: Any) -> tuple[Any, ...]:

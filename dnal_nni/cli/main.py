@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -14,13 +12,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from ..errors import DNALError
-
-if TYPE_CHECKING:
-    from ..report.record import Report
-
+from .. import __version__
+from ..errors import DNALError, told
+from ..report.record import REPORT, read_report
+from ..report.tables import compared
+from ..storage.whole import write_whole
+from .settings import Inspecting, Settings
 
 _INSPECT = """\
 TARGET is a function without arguments that returns the network, or the network itself, in a module that Python can
@@ -74,35 +73,8 @@ _REPORT = """\
   $ dnal report runs/half --html half.html             a page to look at
 """
 _COMPARE = """\
-  $ dnal compare runs/half runs/third
+  $ dnal compare runs/half runs/third runs/quarter
 """
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give whole numbers, for example 1,3,224,224")
-    return shape
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, for example 0.5,0.5,0.5") from None
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object: write for example {{"num_classes": 10}}')
-    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +84,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dnal", description="Make a trained CNN smaller by learning its widths.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"dnal_nni {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, text: str, description: str, epilog: str) -> argparse.ArgumentParser:
         raw = argparse.RawDescriptionHelpFormatter
@@ -126,19 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "Show which channels of a network can be removed together, and for every layer left whole, why.",
         _INSPECT,
     )
-    inspect.add_argument("target", metavar="TARGET", help="the network, as package.module:function")
-    shape = "shape of the input, as 1,3,224,224"
-    once = f"{shape}; once for every positional argument"
-    inspect.add_argument("--input", required=True, action="append", type=_shape, metavar="SHAPE", help=once)
-    inspect.add_argument("--kwargs", type=_json_object, metavar="JSON", help="keyword arguments of TARGET")
-    inspect.add_argument("--weights", type=Path, metavar="FILE", help="a file of weights to load first")
-    inspect.add_argument(
-        "--verify-seconds",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="time limit for comparing sliced with gated copies; groups not compared by then are left whole (60)",
-    )
+    Inspecting.add_to(inspect)
 
     compress = add(
         "compress",
@@ -146,114 +107,71 @@ def _parser() -> argparse.ArgumentParser:
         "Make a trained classifier smaller: learn its widths, cut it, fine-tune it.",
         _COMPRESS,
     )
-    # no defaults here: what is not given is left to the config file, and then to compress.Settings
-    option = functools.partial(compress.add_argument, default=argparse.SUPPRESS)
-    option("model", nargs="?", metavar="TARGET", help="the network, as package.module:function")
-    option("--config", type=Path, metavar="FILE", help="a file of these options: JSON, or TOML from Python 3.11 on")
-    option("--data", metavar="DATA", help="a folder of images by class, or package.module:function for loaders")
-    option("--out", type=Path, metavar="DIR", help="folder for the results; made if need be")
-    option("--flops", type=float, metavar="F", help="FLOPs to keep: up to 1 a fraction, above 1 a number")
-    option("--params", type=float, metavar="F", help="parameters to keep, likewise; of several limits, all hold")
-    option("--latency", type=float, metavar="MS", help="milliseconds of one input to keep, likewise")
-    option("--weights", type=Path, metavar="FILE", help="trained weights: safetensors, or a state dict of torch.save")
-    option("--kwargs", type=_json_object, metavar="JSON", help="keyword arguments of TARGET")
-    option("--input", type=_shape, metavar="SHAPE", help=f"{shape}: size of a folder's images (1,3,224,224)")
-    option("--search-epochs", type=int, metavar="N", help="epochs of the search, in which the weights learn too (3)")
-    option("--epochs", type=int, metavar="N", help="epochs of fine-tuning (10)")
-    option("--lr", type=float, help="learning rate of the weights in the search (0.01)")
-    option("--finetune-lr", type=float, metavar="LR", help="highest learning rate of fine-tuning (0.01)")
-    option("--batch-size", type=int, metavar="N", help="of a folder's images (64)")
-    option("--workers", type=int, metavar="N", help="processes that load a folder's images (0)")
-    option("--mean", type=_numbers, metavar="A,B,C", help="of a folder's images, as in their training (ImageNet's)")
-    option("--std", type=_numbers, metavar="A,B,C", help="likewise")
-    option("--seed", type=int, metavar="N", help="of all random numbers (0)")
-    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
-    option("--tensorboard", action="store_true", help="write the search's curves for TensorBoard to OUT/tensorboard")
+    file = "a file of these options: JSON, or TOML from Python 3.11 on"
+    compress.add_argument("--config", type=Path, metavar="FILE", help=file)
+    Settings.add_to(compress)
 
     report = add("report", "show what a compression did", "Show the report of a run.", _REPORT)
     report.add_argument("path", type=Path, metavar="RUN", help="a folder of dnal compress, a report.json or a network")
     report.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
 
-    compare = add("compare", "two runs side by side", "Show two runs side by side.", _COMPARE)
-    for name in ("a", "b"):
-        compare.add_argument(name, type=Path, metavar=name.upper(), help="as for dnal report")
+    compare = add("compare", "runs side by side", "Show any number of runs side by side.", _COMPARE)
+    compare.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="as for dnal report")
     return parser
 
 
 # -- the commands: each returns what is printed -----------------------------------------------------------------------
 
 
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command that are fields of its settings."""
+    others = ("command", "words", "config", "json")
+    return {name: value for name, value in vars(arguments).items() if name not in others}
+
+
 def _inspect(arguments: argparse.Namespace) -> str:
+    options = Inspecting.of(_given(arguments), "inspect")
     import torch
 
     from .inspection import inspect
     from .targets import load_target, load_weights
 
-    model = load_target(arguments.target, arguments.kwargs)
-    if arguments.weights is not None:
-        model = load_weights(model, arguments.weights)
-    inputs = tuple(torch.randn(shape) for shape in arguments.input)
-    result = inspect(model, inputs, arguments.target, arguments.verify_seconds)
-    return json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else str(result)
+    model = load_target(options.model, options.kwargs)
+    if options.weights is not None:
+        model = load_weights(model, options.weights)
+    inputs = tuple(torch.randn(shape) for shape in options.input)
+    result = inspect(model, inputs, options.model, options.verify_seconds)
+    return json.dumps(result.to_dict(), indent=2) if arguments.json else str(result)
 
 
 def _compress(arguments: argparse.Namespace) -> str:
-    from .run import NETWORK, PAGE, REPORT, compress
-    from .settings import Settings
-
-    given = vars(arguments)
-    options = _config(given["config"]) if "config" in given else {}
-    options |= {name: value for name, value in given.items() if name not in ("command", "words", "config", "json")}
-    tensorboard = bool(options.pop("tensorboard", False))
-    known = {field.name for field in dataclasses.fields(Settings)}
-    for name in options:
-        if name not in known:
-            raise DNALError(f"there is no option {name!r}; see dnal compress --help")
-    for name, what in (("model", "TARGET"), ("data", "--data"), ("out", "--out")):
-        if name not in options:
-            raise DNALError(f"{what} is missing; see dnal compress --help")
+    given = _given(arguments)
+    options = _config(arguments.config) if arguments.config is not None else {}
     limits = ("flops", "params", "latency")
     if any(name in given for name in limits):  # instead of all limits in the file
-        options |= {name: given.get(name) for name in limits}
-    settings = Settings(**options)
+        options = {name: value for name, value in options.items() if name not in limits}
+    settings = Settings.of(options | given, "compress")
+    from .run import NETWORK, PAGE, compress
+
     report = compress(settings, shlex.join(["dnal", *arguments.words]))
-    if tensorboard:
-        report.to_tensorboard(settings.out / "tensorboard")
     if arguments.json:
         return report.to_json()
     return f"{report}\n\nwritten: {', '.join(str(settings.out / name) for name in (NETWORK, REPORT, PAGE))}"
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The options in a file, in the types that the command line gives them."""
-    try:
-        text = path.read_text()
-        if path.suffix == ".toml":
-            if sys.version_info < (3, 11):
-                raise DNALError(f"{path}: TOML needs Python 3.11; write the same as JSON")
-            options = importlib.import_module("tomllib").loads(text)
-        else:
-            options = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DNALError(f"{path} cannot be read: {error}") from error
+    """The options in a file."""
+    if path.suffix == ".toml" and sys.version_info < (3, 11):
+        raise DNALError(f"{path}: TOML needs Python 3.11; write the same as JSON")
+    with told(f"{path} cannot be read", (OSError, ValueError, RecursionError)):
+        read = importlib.import_module("tomllib") if path.suffix == ".toml" else json
+        options = read.loads(path.read_text())
     if not isinstance(options, dict):
-        raise DNALError(f"{path} holds no options: write for example {{\"flops\": 0.5}}")
-    options = {name.replace("-", "_"): value for name, value in options.items()}
-    for name in ("out", "weights"):
-        if name in options:
-            options[name] = Path(str(options[name]))
-    for name in ("input", "mean", "std"):
-        if name in options:
-            if not isinstance(options[name], list) or not all(isinstance(x, (int, float)) for x in options[name]):
-                raise DNALError(f"{path}: {name} is {options[name]!r}: give a list of numbers")
-            options[name] = tuple(options[name])
-    return options
+        raise DNALError(f'{path} holds no options: write for example {{"flops": 0.5}}')
+    return {name.replace("-", "_"): value for name, value in options.items()}
 
 
 def _report(arguments: argparse.Namespace) -> str:
-    from ..storage.files import write_whole
-    from .run import read_report
-
     report = read_report(arguments.path)
     if arguments.html is not None:
         write_whole(arguments.html, lambda path: path.write_text(report.to_html()))
@@ -262,28 +180,10 @@ def _report(arguments: argparse.Namespace) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> str:
-    from .run import read_report
-
-    paths = [arguments.a, arguments.b]
-    reports = [read_report(path) for path in paths]
+    names, reports = [str(path) for path in arguments.paths], [read_report(path) for path in arguments.paths]
     if arguments.json:
-        return json.dumps({str(path): report.to_dict() for path, report in zip(paths, reports)}, indent=2)
-    return compared([str(path) for path in paths], reports)
-
-
-def compared(names: Sequence[str], reports: Sequence[Report]) -> str:
-    """A table: what two reports say after the cut, and the width of every channel group in both."""
-    rows: list[tuple[str, ...]] = [("", *names)]
-    cells = [{row[0]: row[2] for row in report.rows()} for report in reports]
-    rows += [(what, *(cell.get(what, "-") for cell in cells)) for what in dict.fromkeys([*cells[0], *cells[1]])]
-    kept = [{group.name: f"{group.kept} of {group.units}" for group in report.groups} for report in reports]
-    rows += [(), ("channel group", *names)]
-    rows += [(name, *(widths.get(name, "-") for widths in kept)) for name in dict.fromkeys([*kept[0], *kept[1]])]
-    columns = [max(len(row[i]) for row in rows if row) for i in range(len(names) + 1)]
-    return "\n".join(
-        "  ".join(cell.ljust(columns[0]) if i == 0 else cell.rjust(columns[i]) for i, cell in enumerate(row))
-        for row in rows
-    )
+        return json.dumps({name: report.to_dict() for name, report in zip(names, reports)}, indent=2)
+    return compared(names, reports)
 
 
 _COMMANDS = {"inspect": _inspect, "compress": _compress, "report": _report, "compare": _compare}
@@ -295,9 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when all is well; 2, with one sentence on stderr, when the caller can mend it; 130 when interrupted.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
+        parser = _parser()
+        arguments = parser.parse_args(words, argparse.Namespace(words=words))
+        if arguments.command is None:
+            print(parser.format_help(), end="")
+            return 0
         # what a model prints must not get into the JSON, and what libraries warn of is no news here
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             if not sys.warnoptions:
@@ -308,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dnal: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dnal: interrupted; dnal compress goes on from its last epoch with the same command", file=sys.stderr)
+        again = "; the same command goes on from its last epoch" if "compress" in words[:1] else ""
+        print(f"dnal: interrupted{again}", file=sys.stderr)
         return 130
     print(result)
     return 0
-

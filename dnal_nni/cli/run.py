@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
-import json
 import math
 import random
 import time
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
@@ -23,10 +24,10 @@ from ..cost.latency import latencies
 from ..errors import DNALError, told
 from ..modules.layers import mixing
 from ..modules.running import FORWARD_ERRORS
-from ..report.record import Report
+from ..report.record import REPORT, Report, read_report
 from ..storage.compressed import load_compressed, save_compressed
-from ..storage.files import write_whole
 from ..storage.state import load_state, save_state
+from ..storage.whole import write_whole
 from .data import loaders
 from .settings import Settings
 from .targets import load_target, load_weights
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from ..plugin.pruner import DNALPruner
 
 
-CHECKPOINT, REPORT, PAGE, NETWORK = "checkpoint.safetensors", "report.json", "report.html", "slim.safetensors"
-RECALIBRATION_BATCHES = 50
-_FREE = ("out", "device", "workers")  # may differ where a run goes on
+CHECKPOINT, PAGE, NETWORK = "checkpoint.safetensors", "report.html", "slim.safetensors"
+RECALIBRATION_BATCHES, WARM_UP = 50, 0.05
+_FREE = ("out", "device", "workers", "tensorboard")  # may differ where a run goes on
 
 
 def compress(settings: Settings, command: str | None = None) -> Report:
@@ -71,34 +72,18 @@ def compress(settings: Settings, command: str | None = None) -> Report:
     write_whole(out / PAGE, lambda path: path.write_text(report.to_html()))
     write_whole(finished, lambda path: path.write_text(report.to_json() + "\n"))
     (out / CHECKPOINT).unlink(missing_ok=True)
+    if settings.tensorboard:
+        report.to_tensorboard(out / "tensorboard")
     return report
 
 
-def read_report(path: Path) -> Report:
-    """The report in a ``report.json``, in a network of ``save_compressed``, or in the folder of a run."""
-    if path.is_dir():
-        path = path / REPORT
-    if not path.is_file():
-        raise DNALError(f"there is no report {path}")
-    if path.suffix == ".safetensors":
-        from ..storage.compressed import saved_report
-
-        return saved_report(path)
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DNALError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise DNALError(f"{path} is no report of dnal_nni")
-    return Report.from_dict(values)
-
-
 def _check_same(settings: Settings, theirs: dict[str, Any], path: Path) -> None:
+    theirs = {field.name: field.default for field in dataclasses.fields(Settings)} | theirs  # of an older version
     for name, mine in settings.to_dict().items():
-        if name not in _FREE and theirs.get(name) != mine:
+        if name not in _FREE and theirs[name] != mine:
             raise DNALError(
-                f"{path} is of a run with {name} {theirs.get(name)!r}, and this one has {mine!r}: choose another "
-                "--out, or delete it"
+                f"{path} is of a run with {name} {theirs[name]!r}, and this one has {mine!r}: choose another --out, or "
+                "delete it"
             )
 
 
@@ -232,22 +217,24 @@ class _Run:
     def finetune(self, report: Report, seconds: float) -> Report:
         settings, state, slim = self.settings, self.state, self.slim
         optimizer = torch.optim.SGD(slim.parameters(), settings.finetune_lr, momentum=0.9, weight_decay=1e-4)
-        if state["epoch"] > 0:
+        steps = settings.epochs * len(self.train)
+        schedule = OneCycleLR(optimizer, settings.finetune_lr, steps + 1, pct_start=WARM_UP, cycle_momentum=False)
+        done = state["epoch"] if "schedule" in state else 0  # version 0.1 kept none: fine-tuning begins anew
+        if done > 0:
             slim.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-        steps = max(settings.epochs * len(self.train), 1)
-        bar = tqdm(total=steps, initial=state["epoch"] * len(self.train), desc="fine-tune", unit="step")
+            schedule.load_state_dict(state["schedule"])
+        bar = tqdm(total=steps, initial=done * len(self.train), desc="fine-tune", unit="step")
         with contextlib.closing(bar):
-            for epoch in range(state["epoch"], settings.epochs):
+            for epoch in range(done, settings.epochs):
                 start = time.perf_counter()
                 slim.train()
-                for step, (inputs, labels) in enumerate(self.batches(3, epoch), epoch * len(self.train)):
-                    for group in optimizer.param_groups:
-                        group["lr"] = settings.finetune_lr * cosine(step, steps)
+                for inputs, labels in self.batches(3, epoch):
                     loss = F.cross_entropy(self.scores(slim, inputs, labels), labels)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+                    schedule.step()
                     bar.update()
                 if not math.isfinite(float(loss.detach())):
                     raise DNALError(
@@ -261,20 +248,13 @@ class _Run:
                     seconds=seconds,
                     model=slim.state_dict(),
                     optimizer=optimizer.state_dict(),
+                    schedule=schedule.state_dict(),
                 )
         report.seconds["finetune"] = seconds
         after = self.accuracy(slim)
         if report.accuracy is not None and after is not None:
             report.accuracy = (report.accuracy[0], after)
         return report
-
-
-def cosine(step: int, steps: int) -> float:
-    """Factor of the learning rate: 5 % linear warm-up, then half a cosine to 0."""
-    warmup = max(1, round(0.05 * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _device(name: str) -> torch.device:

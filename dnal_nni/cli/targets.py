@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ def _find(target: str, what: str) -> Any:
     if not (name and colon and attribute):
         raise DNALError(f"{target!r} does not name a {what}: write package.module:function")
     with told(f"{name} cannot be imported"):
-        found: Any = importlib.import_module(name)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise DNALError(f"{name} has no {attribute}{_guess(part, dir(found))}")
-        found = getattr(found, part)
-    return found
+        resolve_name(f"{name}:")
+    try:
+        return resolve_name(target)
+    except (AttributeError, ValueError) as error:
+        close = difflib.get_close_matches(attribute.rpartition(".")[2], dir(getattr(error, "obj", None)), 1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise DNALError(f"{name} has no {attribute}{guess}") from error
 
 
 def load_callable(target: str) -> Callable[..., Any]:
@@ -53,11 +54,6 @@ def load_target(target: str, kwargs: dict[str, Any] | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise DNALError(f"{call} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
-
-
-def _guess(wrong: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wrong, names, 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a compression did: a dataclass that prints as a table and exports as JSON, HTML and a picture."""
+"""What a compression did: data that print as a table, and come back from JSON."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import dataclasses
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..budget import Complexity
 from ..errors import DNALError
+from .tables import table
+
+REPORT = "report.json"  # in the folder of a run
+_PAIRS = ("accuracy", "latency_ms", "file_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +43,19 @@ class GroupReport:
     frozen: str | None
     asked: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    def asked_text(self) -> str:
+        """``asked`` in words."""
+        return ", ".join(f"{layer} {count}" for layer, count in self.asked.items())
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(repr=False)
 class Report:
-    """Before and after; ``accuracy`` and ``latency_ms`` are (before, after), filled in by whoever measured them.
+    """What there was, what is left, and how it came about. In a notebook it shows as its page.
 
     Attributes:
+        before: FLOPs, parameters and, where the budget limits it, latency of the uncut network.
+        after: of the cut one.
+        groups: every channel group of the network.
         targets: the budget: by "flops", "params" or "latency", the fraction of the dense cost to keep.
         decided: fraction of the gates outside of [0.05, 0.95] at the end of the search, ahead of any threshold.
         max_abs_diff: largest difference between hard-gated and sliced network (eval and train), in the model's dtype.
@@ -51,9 +65,16 @@ class Report:
         seconds: what took how long, by name.
         history: over the search, some 100 entries: step, delta, expected cost (of the dense one), loss, and the number
             of gates in each of 20 bins from 0 to 1 ("gates").
+        accuracy: (before, after) in per cent, filled in by whoever measured it.
+        latency_ms: (before, after) of a forward pass, likewise.
         command: what was run.
         versions: of the packages that it ran with.
         settings: of the command.
+        accuracy_cut: in per cent, after the cut and ahead of fine-tuning.
+        file_bytes: (before, after) of all parameters and buffers: what a file of the network takes.
+        layer_flops: by layer, fvcore's count (before, after).
+        uncounted: by operation that fvcore does not count, how often the cut network calls it.
+        notes: what else a reader should know, a sentence each.
     """
 
     before: Complexity
@@ -71,41 +92,70 @@ class Report:
     command: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    accuracy_cut: float | None = None
+    file_bytes: tuple[int, int] | None = None
+    layer_flops: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    uncounted: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """(what, before, after, after / before), ready to print."""
-        rows = []
-        pairs: list[tuple[str, float, float, str]] = [
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PAIRS and value is not None:
+            value = tuple(value) if isinstance(value, list) else value  # as JSON has it
+            if not _fits(value, tuple[float, float]):
+                raise DNALError(f"report.{name} is {value!r}: give two numbers, (before, after)")
+        super().__setattr__(name, value)
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(what, before, after, after / before, change), ready to print."""
+        sizes: list[tuple[str, float, float, str]] = [
             ("FLOPs (M)", self.before.flops / 1e6, self.after.flops / 1e6, ".3f"),
             ("parameters (M)", self.before.params / 1e6, self.after.params / 1e6, ".4f"),
         ]
+        if self.file_bytes is not None:
+            sizes.append(("file (MB)", self.file_bytes[0] / 1e6, self.file_bytes[1] / 1e6, ".3f"))
         if self.latency_ms is not None:
-            pairs.append(("latency (ms)", *self.latency_ms, ".2f"))
-        for name, before, after, form in pairs:
-            rows.append((name, f"{before:{form}}", f"{after:{form}}", f"{after / before:.1%}"))
+            sizes.append(("latency (ms)", *self.latency_ms, ".2f"))
+        rows = []
+        for name, before, after, form in sizes:
+            kept = after / before if before else 1.0
+            rows.append((name, f"{before:{form}}", f"{after:{form}}", f"{kept:.1%}", f"{kept - 1:+.1%}"))
         if self.accuracy is not None:
-            change = self.accuracy[1] - self.accuracy[0]
-            rows.append(("accuracy (%)", f"{self.accuracy[0]:.2f}", f"{self.accuracy[1]:.2f}", f"{change:+.2f}"))
+            stages = {"accuracy (%)": self.accuracy[1]}
+            if self.accuracy_cut is not None:
+                stages = {"accuracy after the cut (%)": self.accuracy_cut, "after fine-tuning (%)": self.accuracy[1]}
+            for name, after in stages.items():
+                rows.append((name, f"{self.accuracy[0]:.2f}", f"{after:.2f}", "", f"{after - self.accuracy[0]:+.2f}"))
         return rows
 
-    def __str__(self) -> str:
-        lines = [f"{'':16}{'before':>12}{'after':>12}{'':>10}"]
-        lines += [f"{name:16}{before:>12}{after:>12}{ratio:>10}" for name, before, after, ratio in self.rows()]
+    def facts(self) -> list[str]:
+        """What there is to say beside the numbers, a sentence each."""
+        facts = []
         if self.targets:
-            lines.append("target: " + ", ".join(f"{value:.1%} of the {kind}" for kind, value in self.targets.items()))
+            facts.append("target: " + ", ".join(f"{value:.1%} of the {kind}" for kind, value in self.targets.items()))
         if self.max_abs_diff is not None:
             exact = "" if self.relative_diff is None else f"; relative, in float64: {self.relative_diff:.1e}"
-            lines.append(f"max |gated - sliced|, eval and train mode: {self.max_abs_diff:.1e}{exact}")
+            facts.append(f"largest difference of gated and cut network, eval and train: {self.max_abs_diff:.1e}{exact}")
         if self.masked_diff is not None:
-            lines.append(f"max |masked - sliced|, relative: {self.masked_diff:.1e} (masks leave the norms' biases on)")
-        name_width = max([len(g.name) for g in self.groups], default=0) + 2
-        lines.append(f"\n{'channel group':{name_width}}{'before':>8}{'after':>8}")
+            facts.append(f"of masked and cut network, relative: {self.masked_diff:.1e} (masks leave norms' biases on)")
+        if self.uncounted:
+            calls = ", ".join(f"{name} ({count})" for name, count in self.uncounted.items())
+            facts.append(f"not in the FLOPs, since fvcore does not count them: {calls}")
+        return [*facts, *self.notes]
+
+    def __str__(self) -> str:
+        groups = []
         for g in self.groups:
-            why = f"  left whole: {g.frozen}" if g.frozen else ""
-            if g.asked:
-                why += "  asked to remove: " + ", ".join(f"{layer} {count}" for layer, count in g.asked.items())
-            lines.append(f"{g.name:{name_width}}{g.units:>8}{g.kept:>8}{why}")
-        return "\n".join(lines)
+            why = [f"left whole: {g.frozen}"] if g.frozen else []
+            why += [f"asked to remove: {g.asked_text()}"] if g.asked else []
+            groups.append([g.name, str(g.units), str(g.kept), "  ".join(why)])
+        parts = [table(["", "before", "after", "kept", "change"], self.rows()), *self.facts()]
+        parts += ["", table(["channel group", "before", "after", ""], groups, "lrrl")]
+        return "\n".join(parts)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{what} {before} -> {after}" for what, before, after, *_ in self.rows())
+        cut = sum(group.kept < group.units for group in self.groups)
+        return f"<Report: {sizes}; {cut} of {len(self.groups)} channel groups cut; print() shows all of it>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -115,29 +165,9 @@ class Report:
         """The same as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def to_html(self) -> str:
-        """One self-contained page: table, search, widths, layers left whole; no script, nothing from the network."""
-        from .page import page
-
-        return page(self)
-
-    def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
-        """The history as scalars and gate histograms for TensorBoard (needs tensorboard)."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise DNALError("to_tensorboard needs tensorboard: pip install tensorboard") from error
-        with SummaryWriter(os.fspath(folder)) as writer:
-            for entry in self.history:
-                for name in ("cost", "delta", "loss"):
-                    if entry.get(name) is not None:
-                        writer.add_scalar(f"search/{name}", entry[name], entry["step"])
-                if entry.get("gates"):
-                    _add_histogram(writer, entry["gates"], entry["step"])
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """The report that :meth:`to_dict` gave.
+        """The report that :meth:`to_dict` gave, also that of an older version.
 
         Raises:
             DNALError: ``values`` is something else.
@@ -147,26 +177,114 @@ class Report:
             for name in ("before", "after"):
                 values[name] = Complexity(**values[name])
             values["groups"] = [GroupReport(**group) for group in values["groups"]]
-            for name in ("accuracy", "latency_ms"):
-                values[name] = tuple(values[name]) if values.get(name) is not None else None
+            values["layer_flops"] = {name: tuple(pair) for name, pair in values.get("layer_flops", {}).items()}
             report = cls(**values)
-            str(report)  # numbers where numbers belong
-            return report
-        except (KeyError, TypeError, ValueError) as error:
-            raise DNALError(f"this is no report of dnal_nni: {error}") from error
+        except KeyError as error:
+            raise DNALError(f"this is no report of dnal_nni: it has no {error}") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DNALError("this is no report of dnal_nni: its values are not of the right form") from error
+        for name, kind in get_type_hints(cls).items():
+            value = getattr(report, name)
+            if not _fits(value, kind) or name == "history" and not all(map(_is_moment, value)):
+                raise DNALError(f"this is no report of dnal_nni: its {name} is not of the right form")
+        return report
+
+    def to_html(self) -> str:
+        """One self-contained page: table, search, widths, layers left whole; no script, nothing from the network."""
+        from .page import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from .page import fragment
+
+        return fragment(self)
+
+    def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
+        """The history as scalars and gate histograms for TensorBoard (needs tensorboard)."""
+        from .pictures import write_events
+
+        write_events(self, folder)
 
     def plot_widths(self, path: str | os.PathLike[str]) -> None:
         """Bars of every group's width before and after, as a picture (needs matplotlib)."""
-        from matplotlib.figure import Figure
+        from .pictures import plot_widths
 
-        figure = Figure(figsize=(max(6.0, 0.35 * len(self.groups)), 4), layout="constrained")
-        axes = figure.add_subplot(ylabel="channels")
-        places = range(len(self.groups))
-        axes.bar(places, [g.units for g in self.groups], color="lightgrey", label="before")
-        axes.bar(places, [g.kept for g in self.groups], color="tab:blue", label="after")
-        axes.set_xticks(places, [g.name for g in self.groups], rotation=90, fontsize=8)
-        axes.legend()
-        figure.savefig(path, dpi=120)
+        plot_widths(self, path)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type that an annotation says."""
+    parts = get_args(kind)
+    if get_origin(kind) in (UnionType, Union):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(entry, parts[0]) for entry in value)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, kind) and all(_fits(vars(value)[k], part) for k, part in get_type_hints(kind).items())
+    kind = {float: (int, float), Any: object}.get(kind, kind)
+    return isinstance(value, kind) and (kind is object or not isinstance(value, bool))
+
+
+def _is_moment(entry: dict[str, Any]) -> bool:
+    """Whether this is an entry of the history."""
+    numbers = all(_fits(entry.get(name), float | None) for name in ("delta", "cost", "loss"))
+    return numbers and _fits(entry.get("step"), int) and _fits(entry.get("gates"), list[int] | None)
+
+
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """The report in a ``report.json``, in a network of ``save_compressed``, or in the folder of a run.
+
+    Raises:
+        DNALError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / REPORT
+    if not path.is_file():
+        raise DNALError(f"there is no report {path}")
+    if path.suffix == ".safetensors":
+        return saved_report(path)
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise DNALError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DNALError(f"{path} is no report of dnal_nni: it is not JSON") from error
+    return _report(path, values)
+
+
+def saved_report(path: str | os.PathLike[str]) -> Report:
+    """The report that ``save_compressed`` wrote beside a network, read without its tensors.
+
+    A safetensors file starts with the length of its header, 8 bytes of a little-endian number, and the header: JSON.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            saved = json.loads(file.read(length) if length < os.path.getsize(path) else b"")["__metadata__"]
+        written = re.fullmatch(r"dnal_nni/\d+", saved["format"])
+        values = json.loads(saved["report"]) if "report" in saved else None
+    except OSError as error:
+        raise DNALError(f"{path} cannot be read: {error.strerror}") from error
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise DNALError(f"{path} was not written by save_compressed, or is damaged") from error
+    if not written:
+        raise DNALError(f"{path} was not written by save_compressed")
+    if values is None:
+        raise DNALError(f"{path} holds no report: it was saved without one")
+    return _report(path, values)
+
+
+def _report(path: str | os.PathLike[str], values: Any) -> Report:
+    try:
+        return Report.from_dict(values)
+    except DNALError as error:
+        raise DNALError(f"{path}: {error}") from error
 
 
 def versions() -> dict[str, str]:
@@ -176,12 +294,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _add_histogram(writer: Any, counts: list[int], step: int) -> None:
-    """Counts in equal bins from 0 to 1."""
-    edges = [(i + 1) / len(counts) for i in range(len(counts))]
-    middles = [edge - 0.5 / len(counts) for edge in edges]
-    total = sum(count * middle for count, middle in zip(counts, middles))
-    squares = sum(count * middle**2 for count, middle in zip(counts, middles))
-    writer.add_histogram_raw("search/gates", 0.0, 1.0, sum(counts), total, squares, edges, counts, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,11 @@ from ..modules.bake import bake
 from ..modules.choices import Choice
 from ..modules.layers import Layer, layer_of
 from ..modules.running import FORWARD_ERRORS, clone
+from ..report.record import Report
 from ..surgery.changes import Changes, changes_of, of_form, set_changes
 from ..surgery.inject import is_gated
 from ..surgery.slim import drop
 from .files import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from ..report.record import Report
-
 
 FORMAT = "dnal_nni/1"
 
@@ -135,16 +132,6 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         held: dict[str, Any] = module._parameters if isinstance(old, nn.Parameter) else module._buffers
         held[attribute] = new[first]
     return model
-
-
-def saved_report(path: str | os.PathLike[str]) -> Report:
-    """The report that :func:`save_compressed` wrote beside a network."""
-    from ..report.record import Report
-
-    _, parts = read_tensors(path, FORMAT, "save_compressed")
-    if not isinstance(parts.get("report"), dict):
-        raise DNALError(f"{path} holds no report: it was saved without one")
-    return Report.from_dict(parts["report"])
 
 
 def _chosen(model: nn.Module, path: Any, changes: Changes) -> nn.Module:

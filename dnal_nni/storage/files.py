@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and tensors beside JSON in one of them: safetensors, never pickle."""
+"""Tensors beside JSON in one file: safetensors, never pickle."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,30 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import DNALError
+from .whole import write_whole
 
 _BLOCK = 2**20
 _KIND = "blake2b:"  # no JSON: a part of the header whose name has become another one does not pass for a part
 _BLANK = f'"sum":"{_KIND}{"0" * 32}"'.encode()
 _SUM = re.compile(rf'"sum":"{_KIND}[0-9a-f]{{32}}"'.encode())
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """``write(temporary path)``, then one atomic rename: whoever reads ``path`` sees the old file or the new one.
-
-    Raises:
-        DNALError: the file cannot be written; what was at ``path`` is still there.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a crash of the machine may leave the new name without its content
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise DNALError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], **parts: Any) -> None:

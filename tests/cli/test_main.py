@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import dnal_nni
 from dnal_nni import save_compressed
 from dnal_nni.channels.groups import find_groups
 from dnal_nni.cli.inspection import Inspection, inspect
@@ -103,11 +104,10 @@ def test_shares_are_of_dense_flops_and_a_layer_can_stay_in_part() -> None:
     result = inspect(model, torch.randn(1, 3, 4, 4))
     assert isinstance(result, Inspection) and result.flops == 16 * (3 * 8 + 4 * 6 + 6 * 2)
     assert result.params == sum(p.numel() for p in model.parameters()) and result.target == "Two"
-    share = {group.name: group.flops for group in result.groups}
-    assert share["b"] == pytest.approx((4 * 6 + 6 * 2) / 60)
+    assert result.shares["b"] == pytest.approx((4 * 6 + 6 * 2) / 60)
     cut = [group for group in result.groups if group.frozen is None]
     assert "b" in [group.name for group in cut]
-    touched = {path for group in cut for path in (*group.producers, *group.consumers)}
+    touched = {path for group in cut for path in (*group.producers, *(m.path for m in group.consumers))}
     assert result.touched == pytest.approx(sum({"a": 24, "b": 24, "c": 12}[path] for path in touched) / 60)
     stays = {(layer.name, layer.channels, layer.width) for layer in result.whole}
     assert ("c", 2, 2) in stays and any(name == "a" and width == 8 for name, _, width in stays)
@@ -137,11 +137,11 @@ def test_weights_dense_and_compressed(nets: Path, capsys: pytest.CaptureFixture[
 
 X = ["--input", "2,3,8,8"]
 WRONG = {
-    "no command": ([], "COMMAND"),
+    "an unknown command": (["inspekt"], "invalid choice: 'inspekt'"),
     "no input": (["inspect", "nets:Half"], "--input"),
-    "no shape": (["inspect", "nets:Half", "--input", "1,three"], "'1,three' is no shape.*1,3,224,224"),
-    "an empty dimension": (["inspect", "nets:Half", "--input", "0,3"], "is no shape"),
-    "kwargs": (["inspect", "nets:Half", *X, "--kwargs", "width=3"], "no JSON object"),
+    "no shape": (["inspect", "nets:Half", "--input", "1,three"], "--input 1,three: give whole numbers, for example 1,3,224,224"),
+    "an empty dimension": (["inspect", "nets:Half", "--input", "0,3"], "give whole numbers"),
+    "kwargs": (["inspect", "nets:Half", *X, "--kwargs", "width=3"], "--kwargs width=3: give a JSON object"),
     "no colon": (["inspect", "nets", *X], "package.module:function"),
     "no module": (["inspect", "nots:Half", *X], "nots cannot be imported: No module named 'nots'"),
     "no attribute": (["inspect", "nets:Halv", *X], "nets has no Halv; did you mean Half"),
@@ -176,6 +176,16 @@ def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["inspect", "--help"])
     assert exit.value.code == 0
     assert "$ dnal inspect torchvision.models:resnet18 --input 1,3,224,224" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"]])
+def test_without_a_command_it_says_what_there_is(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "dnal_nni", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    if words == ["--version"]:
+        assert done.stdout == f"dnal_nni {dnal_nni.__version__}\n"
+    else:
+        assert all(f"    {command} " in done.stdout for command in ("inspect", "compress", "report", "compare"))
 
 
 def test_the_command_is_installed_and_needs_no_nni() -> None:

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 
 from dnal_nni import load_compressed, measure
 from dnal_nni.cli.main import main
-from dnal_nni.cli.run import CHECKPOINT, NETWORK, PAGE, REPORT
+from dnal_nni.cli.run import CHECKPOINT, NETWORK, PAGE
 from dnal_nni.cli.settings import Settings
-from dnal_nni.report.record import Report
-from dnal_nni.storage.compressed import saved_report
+from dnal_nni.report.record import REPORT, Report, saved_report
 
 NETS = """
 import torch
@@ -201,12 +200,12 @@ def test_interrupted_it_says_how_to_go_on(
 ) -> None:
     import dnal_nni.cli.run
 
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any, **others: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dnal_nni.cli.run, "cosine", interrupt)
+    monkeypatch.setattr(dnal_nni.cli.run, "OneCycleLR", interrupt)
     assert compress("--data", "mydata:loaders") == 130
-    assert "goes on from its last epoch with the same command" in capsys.readouterr().err
+    assert "interrupted; the same command goes on from its last epoch" in capsys.readouterr().err
     assert (work / "run" / CHECKPOINT).exists() and not (work / "run" / REPORT).exists()
     monkeypatch.undo()
     monkeypatch.chdir(work)
@@ -251,13 +250,13 @@ WRONG = {
     "no classes": (["--data", "mydata:float_labels"], r"gives labels of torch.float32 and shape \[4\]"),
     "too many classes": (["--data", "mydata:too_many_classes"], "the data have a class 6, the network only 3 scores"),
     "nan": (["--data", "mydata:nan"], "no finite number for the dummy_input"),
-    "no budget": ([*D, "--flops", "nan"], r"Budget\(flops=nan\): must be a number > 0"),
-    "a budget in words": ([*D, "--params", "half"], "argument --params: invalid float value: 'half'"),
+    "no budget": ([*D, "--flops", "nan"], "--flops nan: give a number above 0: up to 1 the fraction to keep"),
+    "a budget in words": ([*D, "--params", "half"], "--params half: give a number above 0"),
     "unreachable": ([*D, "--flops", "0.001"], "cannot be reached"),
-    "no epochs": ([*D, "--search-epochs", "0"], "search_epochs is 0: give a whole number of at least 1"),
-    "words": ([*D, "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-    "learning rate": ([*D, "--lr", "-1"], "lr is -1.0: give a number above 0"),
-    "normalisation": ([*D, "--mean", "0.5", "--std", "0"], "mean and std: give as many numbers"),
+    "no epochs": ([*D, "--search-epochs", "0"], "--search-epochs 0: give a whole number of at least 1"),
+    "words": ([*D, "--epochs", "many"], "--epochs many: give a whole number of at least 0"),
+    "learning rate": ([*D, "--lr", "-1"], "--lr -1: give a number above 0"),
+    "normalisation": ([*D, "--mean", "0.5", "--std", "0"], "--mean and --std: give as many numbers"),
     "device": ([*D, "--device", "abacus"], "there is no device abacus"),
     "weights": ([*D, "--weights", "none.pt"], "there is no file none.pt"),
     "bad weights": ([*D, "--weights", "mynets.py"], "mynets.py cannot be read"),
@@ -299,10 +298,10 @@ def test_networks_that_cannot_be_trained_here(target: str, said: str, capsys: py
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "cannot be read"), ("[]", "is no report"), ("{}", "is no report"), ('{"before": 3}', "is no report")],
+    [("{", "it is not JSON"), ("\udcff", "it is not JSON"), ("[]", "is no report"), ("{}", "is no report"), ('{"before": 3}', "is no report")],
 )
 def test_what_is_no_report(text: str, said: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (work / "x.json").write_text(text)
+    (work / "x.json").write_bytes(text.encode(errors="surrogateescape"))
     assert main(["report", "x.json"]) == 2
     assert said in capsys.readouterr().err
     assert main(["compare", "x.json", "nowhere"]) == 2

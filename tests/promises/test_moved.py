@@ -22,8 +22,7 @@ PUBLIC = {
     "choices": "Weight Choice Mixture Depth Inputs Cell choices_of",
     "cli": "compared main",
     "compress": (
-        "CHECKPOINT REPORT PAGE NETWORK RECALIBRATION_BATCHES Settings compress read_report seed_everything "
-        "cosine"
+        "CHECKPOINT REPORT PAGE NETWORK RECALIBRATION_BATCHES Settings compress read_report seed_everything"
     ),
     "cost": "FlopCountAnalysis Complexity flops_by_module measure WeightedSums CostModel",
     "cut": "CLOSE CORRECTIONS TOLERANCE TRIES CHUNK CANDIDATE_TRIES measured_cut exact_cut",

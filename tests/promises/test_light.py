@@ -1,0 +1,42 @@
+"""What only reads a report, or shows help, is there at once: no torch, no NNI."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[1] / "report" / "data"
+HEAVY = {"torch", "torchvision", "nni", "fvcore", "numpy", "scipy", "matplotlib", "safetensors", "tqdm"}
+COMMANDS = {
+    "no command": [],
+    "help": ["--help"],
+    "help of compress": ["compress", "--help"],
+    "help of inspect": ["inspect", "--help"],
+    "version": ["--version"],
+    "report": ["report", str(DATA / "report-0.1.json")],
+    "report of a network": ["report", str(DATA / "slim-0.1.safetensors")],
+    "report as JSON": ["report", str(DATA / "report-0.1.json"), "--json"],
+    "report as a page": ["report", str(DATA / "report-0.1.json"), "--html", os.devnull],
+    "compare": ["compare", str(DATA / "report-0.1.json"), str(DATA / "speedup-0.1.json")],
+    "a mistake": ["compress", "mynets:net", "--data", "x", "--out", "y", "--flops", "half"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_heavy_import(name: str, tmp_path: Path) -> None:
+    words = [str(tmp_path / "page.html") if word == os.devnull else word for word in COMMANDS[name]]
+    code = (
+        "import sys; from dnal_nni.cli import main\n"
+        f"try: rc = main({words!r})\n"
+        "except SystemExit as exit: rc = exit.code\n"
+        f"heavy = {HEAVY!r} & set(sys.modules); assert not heavy, heavy\n"
+        f"assert rc == {2 if name == 'a mistake' else 0}"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and (done.stdout or name == "a mistake"), done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
