@@ -224,7 +224,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(entry, parts[0]) for entry in value)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return isinstance(value, kind) and all(_fits(vars(value)[k], part) for k, part in get_type_hints(kind).items())
     kind = {float: (int, float), Any: object}.get(kind, kind)
     return isinstance(value, kind) and (kind is object or not isinstance(value, bool))

@@ -298,7 +298,13 @@ def test_networks_that_cannot_be_trained_here(target: str, said: str, capsys: py
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "it is not JSON"), ("\udcff", "it is not JSON"), ("[]", "is no report"), ("{}", "is no report"), ('{"before": 3}', "is no report")],
+    [
+        ("{", "it is not JSON"),
+        ("\udcff", "it is not JSON"),
+        ("[]", "is no report"),
+        ("{}", "it has no 'before'"),
+        ('{"before": 3}', "is no report"),
+    ],
 )
 def test_what_is_no_report(text: str, said: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "x.json").write_bytes(text.encode(errors="surrogateescape"))

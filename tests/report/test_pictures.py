@@ -28,7 +28,8 @@ def test_tensorboard(report: Report, tmp_path: Path) -> None:
 def test_widths_of_many_groups_get_room_for_their_names(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.plot_widths(tmp_path / "few.png")
-    many = [GroupReport(f"features.denseblock{i // 20}.denselayer{i}.conv1", 128, i, "norm", 3, None) for i in range(120)]
+    names = [f"features.denseblock{i // 20}.denselayer{i}.conv1" for i in range(120)]
+    many = [GroupReport(name, 128, i, "norm", 3, None) for i, name in enumerate(names)]
     Report(report.before, report.after, many).plot_widths(tmp_path / "many.png")
     with Image.open(tmp_path / "few.png") as few, Image.open(tmp_path / "many.png") as picture:
         assert few.width == picture.width and picture.height > 120 * 15
