@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import DNALError, told
-from ..report.record import REPORT, read_report
 from ..report.tables import compared
+from ..storage.reports import REPORT, read_report
 from ..storage.whole import write_whole
 from .settings import Inspecting, Settings
 

@@ -24,8 +24,9 @@ from ..cost.latency import latencies
 from ..errors import DNALError, told
 from ..modules.layers import mixing
 from ..modules.running import FORWARD_ERRORS
-from ..report.record import REPORT, Report, read_report
+from ..report.record import Report
 from ..storage.compressed import load_compressed, save_compressed
+from ..storage.reports import REPORT, read_report
 from ..storage.state import load_state, save_state
 from ..storage.whole import write_whole
 from .data import loaders

@@ -7,10 +7,8 @@ import dataclasses
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +16,6 @@ from ..budget import Complexity
 from ..errors import DNALError
 from .tables import table
 
-REPORT = "report.json"  # in the folder of a run
 _PAIRS = ("accuracy", "latency_ms", "file_bytes")
 
 
@@ -131,7 +128,9 @@ class Report:
         """What there is to say beside the numbers, a sentence each."""
         facts = []
         if self.targets:
-            facts.append("target: " + ", ".join(f"{value:.1%} of the {kind}" for kind, value in self.targets.items()))
+            names = {"flops": "FLOPs", "params": "parameters"}
+            limits = [f"{value:.1%} of the {names.get(kind, kind)}" for kind, value in self.targets.items()]
+            facts.append(f"target: {', '.join(limits)}")
         if self.max_abs_diff is not None:
             exact = "" if self.relative_diff is None else f"; relative, in float64: {self.relative_diff:.1e}"
             facts.append(f"largest difference of gated and cut network, eval and train: {self.max_abs_diff:.1e}{exact}")
@@ -234,57 +233,6 @@ def _is_moment(entry: dict[str, Any]) -> bool:
     """Whether this is an entry of the history."""
     numbers = all(_fits(entry.get(name), float | None) for name in ("delta", "cost", "loss"))
     return numbers and _fits(entry.get("step"), int) and _fits(entry.get("gates"), list[int] | None)
-
-
-def read_report(path: str | os.PathLike[str]) -> Report:
-    """The report in a ``report.json``, in a network of ``save_compressed``, or in the folder of a run.
-
-    Raises:
-        DNALError: there is none, or it cannot be read.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / REPORT
-    if not path.is_file():
-        raise DNALError(f"there is no report {path}")
-    if path.suffix == ".safetensors":
-        return saved_report(path)
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise DNALError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DNALError(f"{path} is no report of dnal_nni: it is not JSON") from error
-    return _report(path, values)
-
-
-def saved_report(path: str | os.PathLike[str]) -> Report:
-    """The report that ``save_compressed`` wrote beside a network, read without its tensors.
-
-    A safetensors file starts with the length of its header, 8 bytes of a little-endian number, and the header: JSON.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            saved = json.loads(file.read(length) if length < os.path.getsize(path) else b"")["__metadata__"]
-        written = re.fullmatch(r"dnal_nni/\d+", saved["format"])
-        values = json.loads(saved["report"]) if "report" in saved else None
-    except OSError as error:
-        raise DNALError(f"{path} cannot be read: {error.strerror}") from error
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise DNALError(f"{path} was not written by save_compressed, or is damaged") from error
-    if not written:
-        raise DNALError(f"{path} was not written by save_compressed")
-    if values is None:
-        raise DNALError(f"{path} holds no report: it was saved without one")
-    return _report(path, values)
-
-
-def _report(path: str | os.PathLike[str], values: Any) -> Report:
-    try:
-        return Report.from_dict(values)
-    except DNALError as error:
-        raise DNALError(f"{path}: {error}") from error
 
 
 def versions() -> dict[str, str]:

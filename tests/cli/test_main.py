@@ -139,7 +139,7 @@ X = ["--input", "2,3,8,8"]
 WRONG = {
     "an unknown command": (["inspekt"], "invalid choice: 'inspekt'"),
     "no input": (["inspect", "nets:Half"], "--input"),
-    "no shape": (["inspect", "nets:Half", "--input", "1,three"], "--input 1,three: give whole numbers, for example 1,3,"),
+    "no shape": (["inspect", "nets:Half", "--input", "1,three"], "--input 1,three: give whole numbers, for example"),
     "an empty dimension": (["inspect", "nets:Half", "--input", "0,3"], "give whole numbers"),
     "kwargs": (["inspect", "nets:Half", *X, "--kwargs", "width=3"], "--kwargs width=3: give a JSON object"),
     "no colon": (["inspect", "nets", *X], "package.module:function"),

@@ -19,7 +19,8 @@ from dnal_nni import load_compressed, measure
 from dnal_nni.cli.main import main
 from dnal_nni.cli.run import CHECKPOINT, NETWORK, PAGE
 from dnal_nni.cli.settings import Settings
-from dnal_nni.report.record import REPORT, Report, saved_report
+from dnal_nni.report.record import Report
+from dnal_nni.storage.reports import REPORT, saved_report
 
 NETS = """
 import torch
@@ -221,7 +222,7 @@ def test_report_and_compare(work: Path, capsys: pytest.CaptureFixture[str]) -> N
     for path in ("half", f"half/{REPORT}", f"half/{NETWORK}"):
         assert main(["report", path]) == 0
         printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] == printed[2] and "target: 50.0% of the flops" in printed[0]
+    assert printed[0] == printed[1] == printed[2] and "target: 50.0% of the FLOPs" in printed[0]
     assert main(["report", "half", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((work / "half" / REPORT).read_text())
     assert main(["report", "half", "--html", "page.html"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).parents[1] / "report" / "data"
-HEAVY = {"torch", "torchvision", "nni", "fvcore", "numpy", "scipy", "matplotlib", "safetensors", "tqdm"}
+HEAVY = {"torch", "torchvision", "nni", "fvcore", "scipy", "matplotlib", "safetensors", "tqdm"}
 COMMANDS = {
     "no command": [],
     "help": ["--help"],

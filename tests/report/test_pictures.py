@@ -46,7 +46,7 @@ def test_a_library_that_is_not_there(method: str, missing: str, tmp_path: Path) 
     data = Path(__file__).with_name("data") / "report-0.1.json"
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
-        "from dnal_nni.errors import DNALError\nfrom dnal_nni.report.record import read_report\n"
+        "from dnal_nni.errors import DNALError\nfrom dnal_nni.storage.reports import read_report\n"
         f"try: read_report({str(data)!r}).{method}({str(tmp_path / 'x')!r})\n"
         "except DNALError as error: print(error)"
     )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dnal_nni import DNALError
-from dnal_nni.report.record import GroupReport, Report, read_report, saved_report
+from dnal_nni.report.record import GroupReport, Report
+from dnal_nni.storage.reports import read_report
 
 DATA = Path(__file__).with_name("data")
 
@@ -80,30 +81,6 @@ def test_the_old_format_is_part_of_the_new() -> None:
 # -- damaged --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_report_is_said_in_a_sentence(tmp_path: Path) -> None:
-    network = (DATA / "slim-0.1.safetensors").read_bytes()
-    length = int.from_bytes(network[:8], "little")
-    for name, data, said in (
-        ("none.json", None, "there is no report"),
-        ("text.json", b"\xff\xfe", "is no report of dnal_nni: it is not JSON"),
-        ("deep.json", b"[" * 100_000, "is no report of dnal_nni: it is not JSON"),
-        ("list.json", b"[]", "is no report of dnal_nni"),
-        ("empty.json", b"{}", "this is no report of dnal_nni: it has no 'before'"),
-        ("empty.safetensors", b"", "was not written by save_compressed, or is damaged"),
-        ("short.safetensors", network[:100], "was not written by save_compressed, or is damaged"),
-        ("long.safetensors", b"\xff" * 8 + network[8:], "was not written by save_compressed, or is damaged"),
-        ("other.safetensors", network.replace(b'"dnal_nni/1"', b'"something1"'), "was not written by save_compressed"),
-        ("plain.safetensors", network.replace(b'"report":', b'"repost":'), "holds no report"),
-    ):
-        path = tmp_path / name
-        if data is not None:
-            path.write_bytes(data)
-        with pytest.raises(DNALError, match=said) as error:
-            read_report(path)
-        assert name in str(error.value) and "\n" not in str(error.value)
-    assert network[8 : 8 + length].startswith(b"{")  # the format, as this test took it
-
-
 def test_any_value_changed_to_anything_is_a_report_or_a_sentence(report: Report) -> None:
     chance = random.Random(0)
     text = report.to_json()
@@ -122,7 +99,3 @@ def test_any_value_changed_to_anything_is_a_report_or_a_sentence(report: Report)
         except DNALError:
             continue
         assert str(again) and again.to_html()
-
-
-def test_the_report_beside_a_network() -> None:
-    assert saved_report(DATA / "slim-0.1.safetensors").command == read_report(DATA / "report-0.1.json").command

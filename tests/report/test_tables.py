@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dnal_nni.report.record import read_report
 from dnal_nni.report.tables import compared, table
+from dnal_nni.storage.reports import read_report
 
 DATA = Path(__file__).with_name("data")
 

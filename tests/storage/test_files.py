@@ -17,8 +17,8 @@ from conftest import CONV, Small
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, save_compressed
-from dnal_nni.storage.compressed import saved_report
 from dnal_nni.storage.files import read_tensors, write_tensors
+from dnal_nni.storage.reports import saved_report
 from dnal_nni.storage.state import load_state
 
 Load = Callable[[Path], Any]
