@@ -86,16 +86,15 @@ def test_damage_is_seen(write: Any, tries: int, small: nn.Module, x: Tensor, bat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [network, checkpoint])
-def test_every_byte_counts(write: Any, small: nn.Module, x: Tensor, batches: Any, tmp_path: Path) -> None:
+def test_every_byte_of_the_header_counts(write: Any, small: nn.Module, x: Tensor, batches: Any, tmp_path: Path) -> None:
     load = write(small, x, batches, tmp_path / "good")
     good = bytearray((tmp_path / "good").read_bytes())
-    for at in range(len(good)):
-        for other in (good[at] ^ 1, good[at] ^ 32, 255 - good[at]):  # 32: capital letters
-            bad = good.copy()
-            bad[at] = other
-            (tmp_path / "bad").write_bytes(bad)
-            with pytest.raises(DNALError):
-                load(tmp_path / "bad")
+    for at in range(8 + struct.unpack("<Q", good[:8])[0]):
+        bad = good.copy()
+        bad[at] ^= (1, 32, 255)[at % 3]  # 32: another case
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(DNALError):
+            load(tmp_path / "bad")
 
 
 def test_exchanged_words_in_a_saved_network_have_a_message(
