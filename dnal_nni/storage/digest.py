@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import DNALError
 
 _BLOCK = 2**20
-_KIND = "blake2b:"  # no JSON: a part of the header whose name has become another one does not pass for a part
+_KIND = "blake2b:"
 NO_SUM = _KIND + "0" * 32
 _BLANK = f'"sum":"{NO_SUM}"'.encode()
 _SUM = re.compile(rf'"sum":"{_KIND}[0-9a-f]{{32}}"'.encode())
@@ -28,7 +28,8 @@ def with_sum(data: bytes) -> bytes:
 
 def check_sum(path: str | os.PathLike[str], header: Mapping[str, str]) -> None:
     """Raise a DNALError where the file's bytes are not those that were written. Files without a sum pass."""
-    written = header.get("sum")
+    # a digest whose name has been damaged is one all the same
+    written = header.get("sum", next((text for text in header.values() if text.startswith(_KIND)), None))
     if written is None:
         return
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:

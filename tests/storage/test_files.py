@@ -42,6 +42,11 @@ def checkpoint(model: nn.Module, x: Tensor, batches: Any, path: Path) -> Load:
     return load_state
 
 
+def report(model: nn.Module, x: Tensor, batches: Any, path: Path) -> Load:
+    network(model, x, batches, path)
+    return saved_report
+
+
 def exchanged(data: bytes, a: int, b: int, size: int) -> bytes:
     """``size`` bytes at ``a`` and at ``b``, further behind, change places."""
     return data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :]
@@ -68,7 +73,7 @@ def shorter(data: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("tries", [400, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("write", [network, checkpoint])
+@pytest.mark.parametrize("write", [network, checkpoint, report])
 def test_damage_is_seen(write: Any, tries: int, small: nn.Module, x: Tensor, batches: Any, tmp_path: Path) -> None:
     load = write(small, x, batches, tmp_path / "good")
     good = (tmp_path / "good").read_bytes()
@@ -85,7 +90,7 @@ def test_damage_is_seen(write: Any, tries: int, small: nn.Module, x: Tensor, bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("write", [network, checkpoint])
+@pytest.mark.parametrize("write", [network, checkpoint, report])
 def test_every_byte_of_the_header_counts(write: Any, small: nn.Module, x: Tensor, batches: Any, tmp_path: Path) -> None:
     load = write(small, x, batches, tmp_path / "good")
     good = bytearray((tmp_path / "good").read_bytes())
