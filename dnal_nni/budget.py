@@ -19,11 +19,13 @@ class Complexity:
         flops: fvcore's count for the whole batch of the input: one fused multiply-add is one flop.
         params: number of parameters.
         latency: milliseconds of a forward pass, where a budget asked for it (:mod:`dnal_nni.cost.latency`).
+        uncounted: operations that cost, but that fvcore cannot count, by name.
     """
 
     flops: int
     params: int
     latency: float | None = None
+    uncounted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

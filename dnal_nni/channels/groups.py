@@ -18,6 +18,7 @@ from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
 from .graph import VertexKey, varying_axes
 from .trace import Trace
+from .work import shares
 
 Site = Literal["norm", "input", "output"]
 
@@ -57,6 +58,27 @@ class Member:
         return self.path.rpartition(".")[0] if self.bare or self.side == "size" else self.path
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What an operation outside of layers costs with the channels of a group.
+
+    Attributes:
+        path: the module in whose forward it runs.
+        share: what the operation costs, of all that the module's own operations cost.
+        operation: its number; with several factors it grows with the product of their open shares.
+        factor: number of the factor.
+        units: int64 ``[n]``, the units of the group that the factor has, as often as it has them.
+        width: how many channels the factor has, those of other groups included.
+    """
+
+    path: str
+    share: float
+    operation: int
+    factor: int
+    units: Tensor
+    width: int
+
+
 @dataclasses.dataclass
 class ChannelGroup:
     """Channels of several layers that can only be removed together.
@@ -67,6 +89,7 @@ class ChannelGroup:
         channels: number of units (usually one channel each): the length of the gate.
         width: number of channels of the root layer in this group.
         members: every layer concerned.
+        parts: operations outside of layers that cost less with fewer of these channels.
         producers: the convolution and linear layers whose output channels these are.
         norms: norms on which a gate can act (empty: none).
         site: where the gate acts: on the affine of ``norms``, at the input of the consumers, or, for candidates of a
@@ -86,6 +109,7 @@ class ChannelGroup:
     frozen: str | None = None
     least: int = 1
     most: int | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def choice(self) -> bool:
@@ -156,7 +180,9 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     for unit, where in touching.items():
         if any(slots[i].key in graph.producers for i in where):
             parts[tuple(where)].append(unit)
-    groups = [_make_group(traced, [slots[i] for i in where], units, frozen) for where, units in parts.items()]
+    made = [_make_group(traced, [slots[i] for i in where], units, frozen) for where, units in parts.items()]
+    groups = [group for group, _ in made]
+    _add_parts(traced, labels, made)
     groups.sort(key=lambda group: (rank(group.producers[0]), _first_channel(group)))
     names = [g.name for g in groups]
     for group in groups:
@@ -218,7 +244,10 @@ def _uncuttable(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dict[int, str]) -> ChannelGroup:
+def _make_group(
+    traced: Trace, slots: list[_Slot], units: list[int], frozen: dict[int, str]
+) -> tuple[ChannelGroup, dict[int, int]]:
+    """The group of these units of the graph, and the number that each has in it."""
     sources = [slot for slot in slots if slot.key in traced.graph.producers]
     root = sources[0]
     # units are numbered in the order of the root's channels, whatever labels the graph gave them
@@ -244,7 +273,7 @@ def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dic
         reason = "its channels can only be removed all at once"
     if reason is None and bare_readers and not norms:
         reason = f"a function reads these channels with {bare_readers[0]}: there is no layer that a gate could sit on"
-    return ChannelGroup(
+    group = ChannelGroup(
         name=root.key[0],
         channels=len(units),
         width=len(in_root),
@@ -254,6 +283,24 @@ def _make_group(traced: Trace, slots: list[_Slot], units: list[int], frozen: dic
         site="norm" if norms else "input",
         frozen=reason,
     )
+    return group, number
+
+
+def _add_parts(traced: Trace, labels: np.ndarray, made: list[tuple[ChannelGroup, dict[int, int]]]) -> None:
+    """Tell every group which operations outside of layers its channels take part in."""
+    place = {unit: (i, local) for i, (_, number) in enumerate(made) for unit, local in number.items()}
+    parts: dict[int, list[Part]] = defaultdict(list)
+    for operation, (work, share) in enumerate(zip(traced.works, shares(traced.works))):
+        for factor, ids in enumerate(work.factors):
+            line = ids.reshape(-1).numpy()
+            found: dict[int, list[int]] = defaultdict(list)
+            for unit in labels[line[line >= 0]].tolist():
+                if unit in place:
+                    found[place[unit][0]].append(place[unit][1])
+            for i, units in found.items():
+                parts[i].append(Part(work.path, share, operation, factor, torch.tensor(units), line.size))
+    for i, entries in parts.items():
+        made[i][0].parts = tuple(entries)
 
 
 def _stored_sizes(traced: Trace, labels: np.ndarray) -> list[_Slot]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..modules.layers import Counted, Layer, RMSNorm, layer_of
+from ..modules.layers import Layer, RMSNorm, layer_of
 from ..modules.running import call, flatten_tensors
 from .flow import Flow, Labels, axes_of, lay
 from .graph import CouplingGraph, Vertex
 from .rules.aten import run
+from .work import Work, note
 
 
 class Trace(TorchDispatchMode):
@@ -31,6 +32,7 @@ class Trace(TorchDispatchMode):
     Attributes:
         graph: the coupling graph.
         channel_dims: for every norm, its channel dimension, counted from the end.
+        works: what operations outside of layers did in eval mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +40,7 @@ class Trace(TorchDispatchMode):
         self.model = model
         self.graph = CouplingGraph()
         self.channel_dims: dict[str, int] = {}
+        self.works: list[Work] = []
         self.flow = Flow(self.graph, self._leaf, self._frame)
         self._frames: list[tuple[str, str]] = [("", type(model).__name__)]
         self._inside: str | None = None  # the layer that is running
@@ -68,7 +71,10 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._inside is None:
-            return run(self.flow, func, args, kwargs)
+            out = run(self.flow, func, args, kwargs)
+            if not self.model.training:  # as it is counted
+                note(self.works, self.flow, self._frame()[0], func, args, out)
+            return out
         return func(*args, **kwargs)
 
     @contextmanager
@@ -106,8 +112,6 @@ class Trace(TorchDispatchMode):
                 self._layer(path, module, x, labels, out)
             else:
                 self.flow.freeze(labels, f"{path} returns no tensor")
-        elif isinstance(module, Counted) and isinstance(out, Tensor):
-            self._counted(path, out)
 
     def finish(self) -> None:
         """After the last run: layers whose tensors others read too must stay whole."""
@@ -158,15 +162,6 @@ class Trace(TorchDispatchMode):
         first = torch.full((int(numbers.max()) + 1,), self.graph.total)
         first.scatter_reduce_(0, numbers, ids, "amin")
         self.graph.couple(first[numbers], ids, "")
-
-    def _counted(self, path: str, out: Tensor) -> None:
-        """A layer without tensors whose cost goes with its channels."""
-        labels = self.flow.of(out)
-        if labels is not None and len(labels.arrays) == 1 and len(axes_of(labels.arrays[0])) == 1:
-            ids = labels.arrays[0].reshape(-1)
-            vertex = self.graph.vertex(path, "both", ids.numel())
-            if vertex.size == ids.numel() and bool((ids >= 0).all()):
-                self.graph.couple(vertex.ids, ids, "")
 
     def _passing(
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..budget import Complexity
-from ..channels.graph import VertexKey
 from ..channels.groups import ChannelGroup
 from ..modules.choices import choices_of
 from ..modules.layers import MIXED, layer_of
@@ -58,13 +57,60 @@ class WeightedSums:
         return _take(sums, self.last) - _take(sums, self.first)
 
 
+class _Rows:
+    """The open share of every side of every layer, as sums over units: one row each; row 0 is the constant 1."""
+
+    def __init__(self, active: Sequence[ChannelGroup]) -> None:
+        self.of: dict[Any, int] = {}  # by (path, side, dim) of a member, or (operation, factor) of a part
+        self._widths = [1]
+        self._pieces: dict[tuple[int, bytes, bytes], int] = {}  # what tensors have of a group: most of them, all of it
+        self._means: dict[tuple[int, int], float] = {}  # (piece, unit) -> share
+        self._shares: dict[tuple[int, int], float] = defaultdict(float)  # (row, piece) -> share
+        offset = 0
+        for group in active:
+            for member in group.members:
+                if group.choice:
+                    for unit in range(member.width):
+                        self._add((member.path, "choice", unit), offset, torch.tensor([unit]), 1)
+                elif member.side != "size":
+                    self._add((member.path, member.side, member.dim), offset, member.units, member.width)
+            for part in group.parts:
+                self._add((part.operation, part.factor), offset, part.units, part.width)
+            offset += group.channels
+        self.means = WeightedSums(self._means, len(self._pieces))
+        self.shares = WeightedSums(self._shares, len(self._widths))
+        self.base = 1 - self.shares(torch.ones(len(self._pieces), dtype=torch.float64))
+
+    def _add(self, key: Any, offset: int, units: Tensor, width: int) -> None:
+        """Let the row of ``key``, of so many channels, have these units of the group that starts at ``offset``."""
+        if key not in self.of:
+            self.of[key] = len(self.of) + 1
+            self._widths.append(width)
+        unit, count = np.unique(units.numpy(), return_counts=True)
+        share = count / count.sum()
+        piece = self._pieces.setdefault((offset, unit.tobytes(), share.tobytes()), len(self._pieces))
+        self._means.update({(piece, offset + int(u)): float(s) for u, s in zip(unit, share)})
+        self._shares[self.of[key], piece] += len(units) / width
+
+
+class Term(NamedTuple):
+    """What ``place`` costs, times the open shares of ``rows``."""
+
+    place: str
+    flops: float
+    params: float
+    latency: float
+    rows: tuple[int, ...]
+
+
 class CostModel:
     """FLOPs, parameters and latency of the network as differentiable functions of all gates.
 
     A layer costs ``dense cost * open fraction of its inputs * open fraction of its outputs``; the open fraction of a
-    tensor is the mean of the gates of its channels (1 for channels without a gate). What lies in a candidate of a
-    supernet costs that times the gate of the candidate, and of all those around it. At 0/1 gates this is fvcore's count
-    of the sliced network, but for operations outside of layers (functional pooling, attention), which stay constant.
+    tensor is the mean of the gates of its channels (1 for channels without a gate). An operation outside of layers (a
+    product of attention, a functional convolution) costs its share of what its module's own operations cost, times the
+    open fractions of what it runs over. What lies in a candidate of a supernet costs that times the gate of the
+    candidate, and of all those around it. At 0/1 gates this is fvcore's count of the sliced network.
 
     Args:
         model: the ungated model.
@@ -79,91 +125,17 @@ class CostModel:
         flops_of = flops_by_module(model, dummy_input)
         whole, latency_of = layer_latencies(model, dummy_input) if timed else (None, {})
         self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()), whole)
-
-        row_of: dict[VertexKey, int] = {}  # row 0 is the constant 1
-        channels = [1]
-        pieces: dict[tuple[int, bytes, bytes], int] = {}  # what tensors have of a group: most of them, all of it
-        means: dict[tuple[int, int], float] = {}  # (piece, unit) -> share
-        shares: dict[tuple[int, int], float] = defaultdict(float)  # (row, piece) -> share
-        offset = 0
-        for group in self.active:
-            for member in group.members:
-                if member.side == "size":
-                    continue
-                if group.choice:
-                    keys: list[VertexKey] = [(member.path, "choice", unit) for unit in range(member.width)]
-                    has = [torch.tensor([unit]) for unit in range(member.width)]
-                else:
-                    keys, has = [(member.path, member.side, member.dim)], [member.units]
-                for key, units in zip(keys, has):
-                    if key not in row_of:
-                        row_of[key] = len(row_of) + 1
-                        channels.append(1 if group.choice else member.width)
-                    unit, count = np.unique(units.numpy(), return_counts=True)
-                    share = count / count.sum()
-                    piece = pieces.setdefault((offset, unit.tobytes(), share.tobytes()), len(pieces))
-                    means.update({(piece, offset + int(u)): float(s) for u, s in zip(unit, share)})
-                    shares[row_of[key], piece] += len(units) / channels[row_of[key]]
-            offset += group.channels
-        self.means = WeightedSums(means, len(pieces))
-        self.shares = WeightedSums(shares, len(channels))
-        self.base = 1 - self.shares(torch.ones(len(pieces), dtype=torch.float64))
-
-        # place, flops, params, latency, row a, row b
-        terms: list[tuple[str, float, float, float, int, int]] = []
-        tensors = dict(model.named_parameters())
-        buffers = dict(model.named_buffers())
-        rows_at: dict[str, list[int]] = defaultdict(list)
-        for (path, side, _), row in row_of.items():
-            if side != "choice":
-                rows_at[path].append(row)
-        for path, rows_here in sorted(rows_at.items()):
-            if path in buffers:
-                continue
-            if path in tensors:
-                b = rows_here[1] if len(rows_here) > 1 else 0
-                terms.append((path, 0.0, tensors[path].numel(), 0.0, rows_here[0], b))
-                continue
-            module = model.get_submodule(path)
-            flops, time = float(flops_of[path]), latency_of.get(path, LayerLatency(0.0, 0.0, 0.0, 0.0))
-            layer = layer_of(module)
-            if layer is not None and layer.mixes:
-                into, out = (row_of.get((path, side, None), 0) for side in MIXED)
-                weights = layer.weights(module)
-                whole_size = sum(weight.numel() for weight in weights.values())
-                for name, weight in weights.items():  # at equal positions, FLOPs are as the numbers of weights
-                    sides, share = layer.grows_with(module, name), weight.numel() / whole_size
-                    a, b = into if "in" in sides else 0, out if "out" in sides else 0
-                    terms.append((path, flops * share, weight.numel(), time.by_both * share, a, b))
-                terms.append((path, 0.0, layer.vectors(module, "out"), time.by_out, out, 0))
-                if into and any("in" in layer.grows_with(module, name) for name in layer.tensors):
-                    terms.append((path, 0.0, layer.vectors(module, "in"), time.by_in, into, 0))
-            else:
-                own = sum(p.numel() for p in module.parameters(recurse=False))
-                terms.append((path, flops, own, time.by_out, row_of[path, "both", None], 0))
-
-        parts = {
-            f"{path}.{part}": [row_of[path, "choice", unit] for unit in units]
-            for path, choice in choices_of(model).items()
-            for part, units in choice.parts().items()
-            if units and (path, "choice", 0) in row_of
-        }
-        for part in sorted(parts, key=len, reverse=True):  # what does not go with channels goes with its candidate
-            flops, params = float(flops_of[part]), float(sum(p.numel() for p in model.get_submodule(part).parameters()))
-            ms = float(sum(sum(layer) for path, layer in latency_of.items() if _lies_in(path, part)))
-            for place, *costs, _, _ in terms:
-                if _lies_in(place, part):
-                    flops, params, ms = flops - costs[0], params - costs[1], ms - costs[2]
-            terms.append((part, flops, params, ms, 0, 0))
-        around = [[row for part, rows in parts.items() if _lies_in(t[0], part) for row in rows] for t in terms]
-        nesting = max(map(len, around), default=0)
-        # [nesting, terms]: the gates that each term is multiplied by
-        self.around = torch.tensor([rows + [0] * (nesting - len(rows)) for rows in around], dtype=torch.int64).T
-        columns = list(zip(*terms))
+        rows = _Rows(self.active)
+        self.means, self.shares, self.base = rows.means, rows.shares, rows.base
+        terms = _layer_terms(model, rows.of, flops_of, latency_of)
+        terms += _operation_terms(self.active, rows.of, flops_of)
+        terms = _with_candidates(model, rows.of, terms, flops_of, latency_of)
+        most = max(len(term.rows) for term in terms)
+        # [most, terms]: the shares that each term is multiplied by
+        self.rows = torch.tensor([[*term.rows, *[0] * (most - len(term.rows))] for term in terms]).T.contiguous()
         self.flop_terms, self.param_terms, self.latency_terms = (
-            torch.tensor(column, dtype=torch.float64) for column in columns[1:4]
+            torch.tensor(column, dtype=torch.float64) for column in list(zip(*terms))[1:4]
         )
-        self.a, self.b = (torch.tensor(column) for column in columns[4:])
         self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
         self.param_rest = self.dense.params - float(self.param_terms.sum())
         self.latency_rest = (whole or 0.0) - float(self.latency_terms.sum())
@@ -177,9 +149,9 @@ class CostModel:
 
     def _fractions(self, g: Tensor) -> Tensor:
         f = self.base.to(g.dtype) + self.shares(self.means(g))
-        share = _take(f, self.a) * _take(f, self.b)
-        for rows in self.around:
-            share = share * _take(f, rows)
+        share = _take(f, self.rows[0])
+        for row in self.rows[1:]:
+            share = share * _take(f, row)
         return share
 
     def flops(self, g: Tensor) -> Tensor:
@@ -214,3 +186,86 @@ class CostModel:
         """Take up what :meth:`latency_state` gave."""
         self.dense = dataclasses.replace(self.dense, latency=state["whole"])
         self.latency_terms, self.latency_rest = state["terms"].to(self.latency_terms), state["rest"]
+
+
+def _layer_terms(
+    model: nn.Module, row_of: Mapping[Any, int], flops_of: Mapping[str, int], latency_of: Mapping[str, LayerLatency]
+) -> list[Term]:
+    """Layers, and parameters that a forward reads itself."""
+    terms = []
+    tensors, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    rows_at: dict[str, list[int]] = defaultdict(list)
+    for key, row in row_of.items():
+        if len(key) == 3 and key[1] != "choice":
+            rows_at[key[0]].append(row)
+    for path, rows_here in sorted(rows_at.items()):
+        if path in buffers:
+            continue
+        if path in tensors:
+            terms.append(Term(path, 0.0, tensors[path].numel(), 0.0, tuple(rows_here)))
+            continue
+        module = model.get_submodule(path)
+        flops, time = float(flops_of[path]), latency_of.get(path, LayerLatency(0.0, 0.0, 0.0, 0.0))
+        layer = layer_of(module)
+        assert layer is not None
+        if not layer.mixes:
+            own = sum(p.numel() for p in module.parameters(recurse=False))
+            terms.append(Term(path, flops, own, time.by_out, (row_of[path, "both", None],)))
+            continue
+        into, out = (row_of.get((path, side, None), 0) for side in MIXED)
+        weights = layer.weights(module)
+        whole_size = sum(weight.numel() for weight in weights.values())
+        for name, weight in weights.items():  # at equal positions, FLOPs are as the numbers of weights
+            sides, share = layer.grows_with(module, name), weight.numel() / whole_size
+            both = into if "in" in sides else 0, out if "out" in sides else 0
+            terms.append(Term(path, flops * share, weight.numel(), time.by_both * share, both))
+        terms.append(Term(path, 0.0, layer.vectors(module, "out"), time.by_out, (out,)))
+        if into and any("in" in layer.grows_with(module, name) for name in layer.tensors):
+            terms.append(Term(path, 0.0, layer.vectors(module, "in"), time.by_in, (into,)))
+    return terms
+
+
+def _operation_terms(
+    active: Sequence[ChannelGroup], row_of: Mapping[Any, int], flops_of: Mapping[str, int]
+) -> list[Term]:
+    """Operations outside of layers: shares of what is left of a module's FLOPs without those of its children."""
+    own = Counter(flops_of)
+    for path in flops_of:
+        if path:
+            own[path.rpartition(".")[0]] -= flops_of[path]
+    factors: dict[tuple[int, str, float], set[int]] = defaultdict(set)
+    for group in active:
+        for part in group.parts:
+            factors[part.operation, part.path, part.share].add(row_of[part.operation, part.factor])
+    return [
+        Term(path, share * own[path], 0.0, 0.0, tuple(sorted(rows)))
+        for (_, path, share), rows in sorted(factors.items())
+        if own[path] > 0
+    ]
+
+
+def _with_candidates(
+    model: nn.Module,
+    row_of: Mapping[Any, int],
+    terms: list[Term],
+    flops_of: Mapping[str, int],
+    latency_of: Mapping[str, LayerLatency],
+) -> list[Term]:
+    """The terms of a supernet: what does not go with channels goes with its candidate, and all with those around."""
+    parts = {
+        f"{path}.{part}": [row_of[path, "choice", unit] for unit in units]
+        for path, choice in choices_of(model).items()
+        for part, units in choice.parts().items()
+        if units and (path, "choice", 0) in row_of
+    }
+    for part in sorted(parts, key=len, reverse=True):
+        flops, params = float(flops_of[part]), float(sum(p.numel() for p in model.get_submodule(part).parameters()))
+        ms = float(sum(sum(layer) for path, layer in latency_of.items() if _lies_in(path, part)))
+        inside = [term for term in terms if _lies_in(term.place, part)]
+        flops -= sum(term.flops for term in inside)
+        params -= sum(term.params for term in inside)
+        terms = [*terms, Term(part, flops, params, ms - sum(term.latency for term in inside), ())]
+    return [
+        term._replace(rows=(*term.rows, *(row for part in parts if _lies_in(term.place, part) for row in parts[part])))
+        for term in terms
+    ]

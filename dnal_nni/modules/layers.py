@@ -31,7 +31,6 @@ Norm: Any = (
     nn.LayerNorm,
     RMSNorm,
 )
-Counted = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)  # hold no tensors, but fvcore counts them
 
 
 def cut_tensor(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:

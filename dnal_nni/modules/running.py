@@ -60,3 +60,14 @@ def clone(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     return copy.deepcopy(model, computed)
+
+
+def raised_in(error: BaseException, torch_too: bool = False) -> nn.Module | None:
+    """The innermost module in whose method an error was raised; torch's own layers only if asked for."""
+    found, entry = None, error.__traceback__
+    while entry is not None:
+        owner = entry.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and (torch_too or not type(owner).__module__.startswith("torch.nn.")):
+            found = owner
+        entry = entry.tb_next
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..channels.groups import ChannelGroup
 from ..modules.gates import ScaledSigmoidGate
 from ..modules.layers import Norm
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors
+from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, raised_in
 from .compare import TOLERANCE, _conditioned, _fewest_values, difference, example_like
 from .inject import attach
 from .slim import Keep, slim_copy
@@ -189,23 +189,12 @@ class _Failure:
 
 
 def _failure(error: BaseException, models: Sequence[nn.Module]) -> _Failure:
-    where = _where(error)
+    where = raised_in(error)
     what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
     place = f" in {type(where).__name__}.forward" if where is not None else ""
     paths = [path for model in models for path, module in model.named_modules() if module is where]
     reason = f"the model does not run without some of its channels ({what}{place})"
     return _Failure(reason, paths[0] if paths else None)
-
-
-def _where(error: BaseException) -> nn.Module | None:
-    """The innermost module, other than a torch layer, in whose method an error was raised."""
-    found, entry = None, error.__traceback__
-    while entry is not None:
-        owner = entry.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch.nn."):
-            found = owner
-        entry = entry.tb_next
-    return found
 
 
 def _chooses(model: nn.Module, inputs: Any) -> bool:

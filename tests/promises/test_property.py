@@ -22,9 +22,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from random_nets import Network, Program, op, programs, run, runs
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from dnal_nni import DNALError
+from dnal_nni import DNALError, measure
 from dnal_nni.channels.groups import ChannelGroup, find_groups
+from dnal_nni.cost.model import CostModel
 from dnal_nni.surgery.slim import slim_copy
 from dnal_nni.surgery.verify import hard_gated_copy, verify_and_freeze
 
@@ -199,7 +201,20 @@ def check(program: Program, reference: bool = False, kept: Sequence[str] = KEPT)
                 closed = closed_at_the_readers(net, groups, keep)
                 assert_equal(closed, copy.deepcopy(gated), examples, f"gated and closed ({how} kept)")
             assert_equal(gated, slim, examples, f"gated and sliced ({how} kept)")
+            if number == 0 and keep:
+                assert_priced(net, groups, inputs, keep, slim)
         return groups
+
+
+def assert_priced(
+    net: nn.Module, groups: Sequence[ChannelGroup], inputs: Any, keep: dict[str, Tensor], slim: nn.Module
+) -> None:
+    """The cost model says of the cut network what fvcore counts."""
+    model, size = CostModel(net, groups, inputs), measure(slim, inputs)
+    g = torch.cat([keep[group.name] for group in model.active]).double()
+    if not any(hasattr(module, "weight_g") or is_parametrized(module) for module in net.modules()):
+        assert float(model.params(g)) == pytest.approx(size.params, rel=1e-6)  # computed weights become plain
+    assert float(model.flops(g)) == pytest.approx(size.flops, rel=0.01, abs=1), (size, model.dense)
 
 
 def hunt(number: int, plain: bool, kept: Sequence[str] = KEPT) -> Counter[str]:
