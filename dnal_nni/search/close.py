@@ -13,6 +13,7 @@ from ..budget import Complexity
 from .objective import Objective, best_of_group, first_ranks
 
 CLOSE = 5e-3  # a gap below the budget that is left as it is
+OVER = 9e-3  # what a cut may be above the budget, where structures are so coarse that none lies as near below
 CORRECTIONS, TOLERANCE = 8, 2e-3  # cuts that are measured; relative distance to the budget at which that ends
 TRIES, CHUNK = 5000, 256  # structures that are tried to close a larger one; in one pass over the cost model
 CANDIDATE_TRIES = 32  # sets of candidates that are tried where widths alone cannot close it
@@ -23,27 +24,27 @@ def measured_cut(
 ) -> Tensor:
     """:func:`exact_cut`, with the cut network itself to say what it costs: bool ``[units]``.
 
-    What the cost model cannot see (operations outside of layers, what nothing reads any more, the clock) is made up for
-    by aiming lower or higher; what is within the budget is preferred to what is nearer.
+    What the cost model cannot see (what nothing reads any more, the clock) is made up for by aiming lower or higher; of
+    what is within OVER of the budget, or of what is not, that below it is preferred to what is nearer.
 
     Args:
         measure: what the network costs that keeps some units.
     """
     target = float(objective.targets[0])
-    best: tuple[bool, float, Tensor] | None = None
+    best: tuple[bool, bool, float, Tensor] | None = None
     aim, low, high = target, 0.0, math.inf  # low, high: aims that cost too little, and too much
     for _ in range(CORRECTIONS):
         units = exact_cut(objective, s, floor, aim)
         ratio = objective.measured(measure(units)) / target
-        found = ratio > 1 + TOLERANCE, abs(ratio - 1), units
-        if best is None or found[:2] < best[:2]:
+        found = abs(ratio - 1) > OVER, ratio > 1 + TOLERANCE, abs(ratio - 1), units
+        if best is None or found[:3] < best[:3]:
             best = found
-        if best[:2] <= (False, TOLERANCE):
+        if best[:3] <= (False, False, TOLERANCE):
             break
         low, high = (max(low, aim), high) if ratio < 1 else (low, min(high, aim))
         aim = aim / ratio if low < aim / ratio < high else (low + high) / 2
     assert best is not None
-    return best[2]
+    return best[3]
 
 
 def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: float | None = None) -> Tensor:
@@ -95,7 +96,13 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     # which candidates are open is settled with the price
     rest = [block for block in blocks if not objective.choices[objective.group_of[block[0]]]]
     keep = _filled(objective, s, keep, rest, limit)
-    return keep if limit - spent(keep) <= CLOSE * limit else _with_other_candidates(objective, s, keep, rest, limit)
+    if abs(limit - spent(keep)) > CLOSE * limit:
+        keep = _with_other_candidates(objective, s, keep, rest, limit)
+    if limit - spent(keep) > OVER * limit:  # below the floors, where the structure has nothing nearer above them
+        least = [0 if choice else count for count, choice in zip(objective.limits.least, objective.choices)]
+        every = [b for b in _blocks(objective, s, least) if not objective.choices[objective.group_of[b[0]]]]
+        keep = _closer(objective, s, keep, every, limit)
+    return keep
 
 
 def _with_other_candidates(
@@ -179,7 +186,8 @@ def _closer(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tens
     """``keep`` with a block more or less in some groups, so that it comes nearer to the limit.
 
     Tries what one block more or less in any group gives, then two of these, and so on: at the first depth at which
-    there is a gap of less than CLOSE, the best sum of scores wins; if there is none within TRIES, the smallest gap.
+    there is a gap of less than CLOSE, the best sum of scores wins; if there is none within TRIES, the smallest gap, or
+    what is above the limit by less than OVER where that is nearer.
     """
     number = torch.where(keep, -1, len(blocks))  # of each unit's block in its group; -1: in the floor
     values = [[0.0] for _ in objective.sizes]
@@ -191,6 +199,7 @@ def _closer(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tens
         values[group].append(values[group][-1] + float(s[block].sum()))
     seen = {tuple(counts)}
     frontier, best, gap = [tuple(counts)], tuple(counts), math.inf
+    above, over = tuple(counts), OVER * limit
 
     def units(states: Sequence[tuple[int, ...]]) -> Tensor:
         return number < torch.tensor(states)[:, objective.group_of]
@@ -214,4 +223,9 @@ def _closer(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tens
         for state, left in zip(frontier, gaps):
             if 0 <= left < gap:
                 best, gap = state, left
-    return units([best])[0] if gap < limit - float(objective.relative(keep.double())[0]) else keep
+            elif 0 < -left < over:
+                above, over = state, -left
+    now = limit - float(objective.relative(keep.double())[0])
+    if over < min(gap, now, OVER * limit):
+        return units([above])[0]
+    return units([best])[0] if gap < now else keep

@@ -63,7 +63,7 @@ def swin() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 48, num_classes=5)
+    return torchvision.models.VisionTransformer(32, 8, 2, 4, 40, 48, num_classes=5)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -33,7 +33,7 @@ PUBLIC = {
     "flow": "Arrays Site Labels axes_of lay compress StoredSize Flow Operation",
     "gate": "GateState ScaledSigmoidGate ChannelFactor AffineGate InputGate StatisticsGate",
     "graph": (
-        "Conv RMSNorm Norm Counted Side FORWARD_ERRORS whole_groups masked_statistics flatten_tensors call "
+        "Conv RMSNorm Norm Side FORWARD_ERRORS whole_groups masked_statistics flatten_tensors call "
         "seeded clone VertexKey Vertex CouplingGraph varying_axes"
     ),
     "groups": "Site Member ChannelGroup trace find_groups groups_of",
