@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
+from ..cost.by_layer import layer_flops
 from ..cost.latency import latencies
 from ..errors import DNALError, told
 from ..modules.layers import mixing
@@ -207,10 +208,15 @@ class _Run:
         report = pruner.report
         report.seconds["search"] = seconds
         pruner.unwrap_model()  # the dense network as it was
-        dense, slim = latencies([pruner.bound_model, self.slim], self.dummy_input)
-        report.latency_ms = (dense, slim)
-        if before is not None:
-            report.accuracy = (before, self.accuracy(self.slim) or 0.0)
+        networks = [pruner.bound_model, self.slim]
+        dense_ms, slim_ms = latencies(networks, self.dummy_input)
+        report.latency_ms = (dense_ms, slim_ms)
+        dense_bytes, slim_bytes = (sum(t.nbytes for t in network.state_dict().values()) for network in networks)
+        report.file_bytes = (dense_bytes, slim_bytes)
+        report.layer_flops = layer_flops(pruner.bound_model, self.slim, self.dummy_input)
+        after = self.accuracy(self.slim)
+        if before is not None and after is not None:
+            report.accuracy, report.accuracy_cut = (before, after), after if self.settings.epochs else None
         save_compressed(self.slim, self.settings.out / NETWORK, report)
         self.save(stage="finetune", epoch=0, seconds=0.0)
         return report

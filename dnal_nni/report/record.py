@@ -70,7 +70,6 @@ class Report:
         accuracy_cut: in per cent, after the cut and ahead of fine-tuning.
         file_bytes: (before, after) of all parameters and buffers: what a file of the network takes.
         layer_flops: by layer, fvcore's count (before, after).
-        uncounted: by operation that fvcore does not count, how often the cut network calls it.
         notes: what else a reader should know, a sentence each.
     """
 
@@ -92,7 +91,6 @@ class Report:
     accuracy_cut: float | None = None
     file_bytes: tuple[int, int] | None = None
     layer_flops: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    uncounted: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -136,9 +134,8 @@ class Report:
             facts.append(f"largest difference of gated and cut network, eval and train: {self.max_abs_diff:.1e}{exact}")
         if self.masked_diff is not None:
             facts.append(f"of masked and cut network, relative: {self.masked_diff:.1e} (masks leave norms' biases on)")
-        if self.uncounted:
-            calls = ", ".join(f"{name} ({count})" for name, count in self.uncounted.items())
-            facts.append(f"not in the FLOPs, since fvcore does not count them: {calls}")
+        if self.after.uncounted:
+            facts.append(f"not in the FLOPs, since fvcore cannot count it: {', '.join(self.after.uncounted)}")
         return [*facts, *self.notes]
 
     def __str__(self) -> str:
@@ -174,7 +171,8 @@ class Report:
         try:
             values = dict(values)
             for name in ("before", "after"):
-                values[name] = Complexity(**values[name])
+                size = dict(values[name])
+                values[name] = Complexity(**size | {"uncounted": tuple(size.get("uncounted", ()))})
             values["groups"] = [GroupReport(**group) for group in values["groups"]]
             values["layer_flops"] = {name: tuple(pair) for name, pair in values.get("layer_flops", {}).items()}
             report = cls(**values)
@@ -221,11 +219,12 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(entry, parts[0]) for entry in value)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if get_origin(kind) is tuple and isinstance(value, tuple):
+        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return isinstance(value, kind) and all(_fits(vars(value)[k], part) for k, part in get_type_hints(kind).items())
-    kind = {float: (int, float), Any: object}.get(kind, kind)
+    kind = {float: (int, float), Any: object}.get(kind, get_origin(kind) or kind)
     return isinstance(value, kind) and (kind is object or not isinstance(value, bool))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dnal_nni import load_compressed, measure
 from dnal_nni.cli.main import main
@@ -127,6 +127,13 @@ def test_from_images_to_a_smaller_network(work: Path, capsys: pytest.CaptureFixt
     assert measure(slim, x).flops / measure(dense, x).flops == pytest.approx(0.5, rel=0.06)
     report = json.loads((work / "run" / REPORT).read_text())
     assert report["accuracy"][1] > 60 and report["max_abs_diff"] < 1e-5 and report["settings"]["flops"] == 0.5
+    assert report["accuracy_cut"] is not None and "after fine-tuning (%)" in out
+    tensors = load_file(work / "run" / NETWORK)
+    assert report["file_bytes"][1] == sum(t.nbytes for t in tensors.values()) < report["file_bytes"][0]
+    convolution = [3 * layer.out_channels * 9 * 64 for layer in (dense[0], slim[0])]  # on 8 x 8 pixels
+    assert report["layer_flops"]["0"] == convolution
+    counts = [sum(pair[i] for pair in report["layer_flops"].values()) for i in (0, 1)]
+    assert counts == [report["before"]["flops"], report["after"]["flops"]]
     assert set(report["seconds"]) >= {"search", "cut", "finetune"} and report["versions"]["torch"]
     assert "mynets:net" in report["settings"]["model"] and report["command"].startswith("dnal compress mynets:net")
     assert [entry["step"] for entry in report["history"]] == list(range(1, 7))
