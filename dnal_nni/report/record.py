@@ -115,11 +115,10 @@ class Report:
             kept = after / before if before else 1.0
             rows.append((name, f"{before:{form}}", f"{after:{form}}", f"{kept:.1%}", f"{kept - 1:+.1%}"))
         if self.accuracy is not None:
-            stages = {"accuracy (%)": self.accuracy[1]}
-            if self.accuracy_cut is not None:
-                stages = {"accuracy after the cut (%)": self.accuracy_cut, "after fine-tuning (%)": self.accuracy[1]}
-            for name, after in stages.items():
-                rows.append((name, f"{self.accuracy[0]:.2f}", f"{after:.2f}", "", f"{after - self.accuracy[0]:+.2f}"))
+            before, last = self.accuracy
+            for name, after in (("accuracy, not tuned (%)", self.accuracy_cut), ("accuracy (%)", last)):
+                if after is not None:
+                    rows.append((name, f"{before:.2f}", f"{after:.2f}", "", f"{after - before:+.2f}"))
         return rows
 
     def facts(self) -> list[str]:

@@ -32,8 +32,8 @@ def test_what_is_kept_and_what_has_changed_are_columns(report: Report) -> None:
     rows = {name: cells for name, *cells in report.rows()}
     assert rows["latency (ms)"] == ["2.00", "1.00", "50.0%", "-50.0%"]
     assert rows["file (MB)"] == ["0.015", "0.008", "50.7%", "-49.3%"]
-    assert rows["accuracy after the cut (%)"] == ["90.00", "71.25", "", "-18.75"]
-    assert rows["after fine-tuning (%)"] == ["90.00", "89.50", "", "-0.50"]
+    assert rows["accuracy, not tuned (%)"] == ["90.00", "71.25", "", "-18.75"]
+    assert rows["accuracy (%)"] == ["90.00", "89.50", "", "-0.50"]
     kept = report.after.flops / report.before.flops
     assert rows["FLOPs (M)"][2:] == [f"{kept:.1%}", f"{kept - 1:+.1%}"]
     head, *lines = str(report).splitlines()
