@@ -115,10 +115,10 @@ class Report:
             kept = after / before if before else 1.0
             rows.append((name, f"{before:{form}}", f"{after:{form}}", f"{kept:.1%}", f"{kept - 1:+.1%}"))
         if self.accuracy is not None:
-            before, last = self.accuracy
-            for name, after in (("accuracy, not tuned (%)", self.accuracy_cut), ("accuracy (%)", last)):
-                if after is not None:
-                    rows.append((name, f"{before:.2f}", f"{after:.2f}", "", f"{after - before:+.2f}"))
+            whole, tuned = self.accuracy
+            for name, value in (("accuracy, not tuned (%)", self.accuracy_cut), ("accuracy (%)", tuned)):
+                if value is not None:
+                    rows.append((name, f"{whole:.2f}", f"{value:.2f}", "", f"{value - whole:+.2f}"))
         return rows
 
     def facts(self) -> list[str]:
