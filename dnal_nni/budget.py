@@ -55,6 +55,15 @@ class Budget:
                     f"Budget({kind}={value!r}): must be a number > 0; up to 1 it is the fraction to keep, above 1 an "
                     "absolute number"
                 )
+            if 1 < value <= 100 and kind != "latency":  # of which a network may well take 50 ms
+                raise DNALError(
+                    f"{self}: {value:g} %? write {value / 100:g}; above 1 it is the number of {kind} to keep, and no "
+                    "network has so few"
+                )
+
+    def __str__(self) -> str:
+        """As it was written."""
+        return f"Budget({', '.join(f'{kind}={value:.15g}' for kind, value in self.limits.items())})"
 
     @property
     def limits(self) -> dict[str, float]:
@@ -67,8 +76,7 @@ class Budget:
         for kind, value in self.limits.items():
             whole = getattr(dense, kind)
             if value > 1 and value > whole:
-                raise DNALError(
-                    f"Budget({kind}={value:g}) is more than the model has ({whole:g}): give less, or a fraction up to 1"
-                )
+                has = f"{whole:.3g} ms" if kind == "latency" else whole
+                raise DNALError(f"{self} is more than the model has ({has}): give less, or a fraction up to 1")
             kept[kind] = value / whole if value > 1 else value
         return kept

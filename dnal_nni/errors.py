@@ -14,8 +14,18 @@ def told(what: str, errors: type[Exception] | tuple[type[Exception], ...] = Exce
     except DNALError:
         raise
     except errors as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DNALError(f"{what}: {lines[0]}") from error
+        raise DNALError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Why, in the words of the system or the first line of somebody else's; no file name of ours, no codec's text."""
+    if isinstance(error, UnicodeError):
+        return "it is not text"
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = words.strip().splitlines() or [type(error).__name__]
+    if "DataLoader worker process" in lines[0]:  # then comes a traceback, and at its end what was raised
+        return lines[-1].partition(": ")[2]
+    return lines[0]
 
 
 class DNALError(Exception):

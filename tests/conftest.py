@@ -56,6 +56,20 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [make() for _ in range(8)]
 
 
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with the modules `mynets` and `mydata`."""
+    from cli_tools import DATA, NETS
+
+    (tmp_path / "mynets.py").write_text(NETS)
+    (tmp_path / "mydata.py").write_text(DATA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in ("mynets", "mydata"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def report() -> Report:
     """Of a search, with everything that a report can have."""

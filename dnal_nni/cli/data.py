@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, has_file_allowed_extension
 from torchvision.transforms import v2
 
-from ..errors import DNALError, told
+from ..errors import DNALError, reason, told
+from ..modules.running import FORWARD_ERRORS
 from .settings import Settings
 from .targets import load_callable
+
+# what PIL raises for an image that is broken, or none
+_UNREADABLE = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, *FORWARD_ERRORS)
 
 
 class Loader(Protocol):
@@ -24,11 +32,19 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
 
+class Data(NamedTuple):
+    """Batches to train on and, where there are some, to test on; and what is to be said about them."""
+
+    train: Loader
+    test: Loader | None
+    notes: list[str]
+
+
 HELD_OUT = 10  # of a folder without a part to test on, every tenth image of each class
 
 
-def loaders(settings: Settings) -> tuple[Loader, Loader | None]:
-    """Batches to train on, and batches to test on.
+def loaders(settings: Settings) -> Data:
+    """The data that the settings name.
 
     ``data`` is one of
 
@@ -40,8 +56,11 @@ def loaders(settings: Settings) -> tuple[Loader, Loader | None]:
     Raises:
         DNALError: where there is none of that, or no batch in it.
     """
+    train: Any
+    test: Any
+    notes: list[str] = []
     if Path(settings.data).is_dir():
-        train, test = _folders(Path(settings.data), settings)
+        train, test, notes = _folders(Path(settings.data), settings)
     else:
         if ":" not in settings.data:
             raise DNALError(f"there is no folder {settings.data}; a function is written package.module:function")
@@ -58,10 +77,27 @@ def loaders(settings: Settings) -> tuple[Loader, Loader | None]:
             raise DNALError(f"{settings.data}: the {what} loader needs __iter__ and __len__, as a DataLoader has")
         if len(loader) == 0:
             raise DNALError(f"{settings.data}: the {what} loader gives no batch: it has fewer examples than one batch")
-    return train, test
+    return Data(train, test, notes)
 
 
-def _folders(folder: Path, settings: Settings) -> tuple[Loader, Loader]:
+def each(loader: Loader, name: str) -> Iterator[Any]:
+    """The batches of a loader; what it raises, in this process or in its workers, is one sentence."""
+    with told(f"the data of {name} cannot be read"):
+        try:
+            yield from loader
+        except DNALError as error:
+            raise DNALError(reason(error)) from error
+
+
+def read_image(path: str) -> Image.Image:
+    """In colour, as torchvision reads it; an error names the file."""
+    try:
+        return default_loader(path)
+    except _UNREADABLE as error:
+        raise DNALError(f"{path} cannot be read as an image: delete it, or give --skip-unreadable") from error
+
+
+def _folders(folder: Path, settings: Settings) -> Data:
     shape = settings.input or (1, 3, 224, 224)
     if len(shape) != 4:
         raise DNALError(f"--input {','.join(map(str, shape))}: images need four numbers, for example 1,3,224,224")
@@ -74,22 +110,37 @@ def _folders(folder: Path, settings: Settings) -> tuple[Loader, Loader]:
     last: list[Any] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     first: list[Any] = [v2.Resize((height, width)), *([v2.Grayscale()] if channels == 1 else [])]
     flipped, plain = v2.Compose([*first, v2.RandomHorizontalFlip(), *last]), v2.Compose([*first, *last])
+    unreadable: list[str] = []
+
+    def is_image(path: str) -> bool:
+        if not has_file_allowed_extension(path, IMG_EXTENSIONS):
+            return False
+        try:
+            return not settings.skip_unreadable or read_image(path) is not None
+        except DNALError:
+            unreadable.append(path)
+            return False
+
     with told(f"{folder} is no folder of images by class", (OSError, RuntimeError)):
         if (folder / "train").is_dir():
             others = [name for name in ("val", "test") if (folder / name).is_dir()]
             if not others:
                 raise DNALError(f"{folder} has a train/, but neither val/ nor test/ beside it")
-            train: Any = ImageFolder(str(folder / "train"), flipped)
-            test: Any = ImageFolder(str(folder / others[0]), plain)
+            train: Any = ImageFolder(str(folder / "train"), flipped, loader=read_image, is_valid_file=is_image)
+            test: Any = ImageFolder(str(folder / others[0]), plain, loader=read_image, is_valid_file=is_image)
             if train.classes != test.classes:
                 odd = sorted(set(train.classes) ^ set(test.classes))[0]
                 raise DNALError(f"{folder}: the class {odd} is not in both train/ and {others[0]}/")
         else:
-            train, test = ImageFolder(str(folder), flipped), ImageFolder(str(folder), plain)
+            train = ImageFolder(str(folder), flipped, loader=read_image, is_valid_file=is_image)
+            test = copy.copy(train)
+            test.transform = plain
             held = set(range(0, len(train), HELD_OUT))
             train, test = Subset(train, [i for i in range(len(train)) if i not in held]), Subset(test, sorted(held))
+    more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
+    notes = [f"left out, since unreadable: {', '.join(unreadable[:3])}{more}"] if unreadable else []
     size = settings.batch_size
     # a last batch of one image has no batch statistics
     drop = len(train) > size
     common: dict[str, Any] = {"batch_size": size, "num_workers": settings.workers}
-    return DataLoader(train, shuffle=True, drop_last=drop, **common), DataLoader(test, **common)
+    return Data(DataLoader(train, shuffle=True, drop_last=drop, **common), DataLoader(test, **common), notes)

@@ -193,27 +193,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 when all is well; 2, with one sentence on stderr, when the caller can mend it; 130 when interrupted.
+        0 when all is well; 2, with one sentence on stderr, when the caller can mend it; 130 when interrupted; 141 when
+        whoever read what it prints has gone.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = _parser()
-        arguments = parser.parse_args(words, argparse.Namespace(words=words))
-        if arguments.command is None:
-            print(parser.format_help(), end="")
-            return 0
-        # what a model prints must not get into the JSON, and what libraries warn of is no news here
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            if not sys.warnoptions:
-                warnings.simplefilter("ignore")
-            sys.path.insert(0, os.getcwd())
-            result = _COMMANDS[arguments.command](arguments)
+        print(_run(words), flush=True)
+        return 0
     except DNALError as error:
         print(f"dnal: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; the same command goes on from its last epoch" if "compress" in words[:1] else ""
+        again = "; the same command goes on from its last epoch" if words[:1] == ["compress"] else ""
         print(f"dnal: interrupted{again}", file=sys.stderr)
         return 130
-    print(result)
-    return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return 141
+
+
+def _run(words: list[str]) -> str:
+    """What a command prints."""
+    parser = _parser()
+    arguments = parser.parse_args(words, argparse.Namespace(words=words))
+    if arguments.command is None:
+        return parser.format_help().rstrip()
+    # what a model prints must not get into the JSON, and what libraries warn of is no news here
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        sys.path.insert(0, os.getcwd())
+        return _COMMANDS[arguments.command](arguments)

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from ..storage.compressed import load_compressed, save_compressed
 from ..storage.reports import REPORT, read_report
 from ..storage.state import load_state, save_state
 from ..storage.whole import write_whole
-from .data import loaders
+from .data import each, loaders
 from .settings import Settings
 from .targets import load_target, load_weights
 
@@ -57,6 +58,8 @@ def compress(settings: Settings, command: str | None = None) -> Report:
         DNALError: whatever the caller can mend; the checkpoint of the last whole epoch is then still there.
     """
     out = settings.out
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise DNALError("--tensorboard needs tensorboard: pip install tensorboard")
     with told(f"{out} cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
     finished = out / REPORT
@@ -69,7 +72,7 @@ def compress(settings: Settings, command: str | None = None) -> Report:
         _check_same(settings, state["settings"], out / CHECKPOINT)
     run = _Run(settings, state)
     report = run.finetune(*run.search())
-    report.command, report.settings = command, settings.to_dict()
+    report.command, report.settings, report.notes = command, settings.to_dict(), [*report.notes, *run.notes]
     save_compressed(run.slim, out / NETWORK, report)
     write_whole(out / PAGE, lambda path: path.write_text(report.to_html()))
     write_whole(finished, lambda path: path.write_text(report.to_json() + "\n"))
@@ -104,13 +107,12 @@ class _Run:
         self.device = _device(settings.device)
         seed_everything(settings.seed)
         with told(f"{settings.data} cannot be used"):
-            self.train, self.test = loaders(settings)
+            self.train, self.test, self.notes = loaders(settings)
         self.dummy_input = self._example()
 
     def _example(self) -> Tensor:
         """One input: the first of the data, which are thereby looked at."""
-        with told(f"the data of {self.settings.data} cannot be read"):
-            batch = next(iter(self.train), None)
+        batch = next(each(self.train, self.settings.data), None)
         if not (isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
             raise DNALError(f"{self.settings.data} gives no batches (inputs, labels) of two tensors")
         inputs, labels = batch
@@ -135,7 +137,7 @@ class _Run:
 
     def batches(self, stage: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         seed_everything(self.settings.seed * 1_000_000 + stage * 10_000 + epoch)
-        for inputs, labels in itertools.islice(self.train, len(self.train)):
+        for inputs, labels in itertools.islice(each(self.train, self.settings.data), len(self.train)):
             yield inputs.to(self.device), labels.to(self.device)
 
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +161,8 @@ class _Run:
             return None
         model.eval()
         right = total = 0
-        for inputs, labels in tqdm(self.test, desc="test", unit="batch", leave=False):
+        batches = each(self.test, self.settings.data)
+        for inputs, labels in tqdm(batches, desc="test", total=len(self.test), unit="batch", leave=False):
             inputs, labels = inputs.to(self.device), labels.to(self.device)
             right += int((self.scores(model, inputs, labels).argmax(1) == labels).sum())
             total += len(labels)
@@ -267,5 +270,7 @@ class _Run:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with told(f"there is no device {name}", (RuntimeError, AssertionError)):
+    try:
         return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DNALError(f"there is no device {name} on this machine") from error

@@ -35,9 +35,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def whole(least: int) -> Kind:
-    """Whole numbers from ``least`` on."""
-    return Kind(int, lambda n: type(n) is int and n >= least, f"a whole number of at least {least}")
+def whole(least: int, most: float = math.inf) -> Kind:
+    """Whole numbers from ``least`` to ``most``."""
+    said = f"a whole number of at least {least}" + (f", at most {most}" if most < math.inf else "")
+    return Kind(int, lambda n: type(n) is int and least <= n <= most, said)
 
 
 def several(entry: Kind, said: str) -> Kind:
@@ -165,7 +166,8 @@ class Settings(Options):
         NUMBERS, "of each colour of a folder's images, 0 to 1, as in their training", (0.485, 0.456, 0.406), "A,B,C"
     )
     std: tuple[float, ...] = option(NUMBERS, "likewise, the standard deviations", (0.229, 0.224, 0.225), "A,B,C")
-    seed: int = option(whole(0), "of all random numbers", 0)
+    skip_unreadable: bool = option(FLAG, "leave out a folder's images that cannot be read; all are read first", False)
+    seed: int = option(whole(0, 2**32 - 1), "of all random numbers", 0)
     device: str = option(NAME, "cpu, cuda, cuda:1, ...; auto is a GPU if there is one", "auto", "NAME")
     tensorboard: bool = option(FLAG, "write the search's curves for TensorBoard to OUT/tensorboard", False)
 
@@ -173,6 +175,8 @@ class Settings(Options):
         super().__post_init__()
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise DNALError("--mean and --std: give as many numbers for one as for the other, and --std above 0")
+        if self.flops is self.params is self.latency is None:
+            raise DNALError("--flops, --params or --latency is missing, for example --flops 0.5")
         self.budget()
 
     def budget(self) -> Budget:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DNALError, told
+from ..modules.running import FORWARD_ERRORS
 from ..storage.compressed import FORMAT, load_compressed
+from ..storage.digest import read_header
 
 
 def _find(target: str, what: str) -> Any:
@@ -22,7 +25,7 @@ def _find(target: str, what: str) -> Any:
     if not (name and colon and attribute):
         raise DNALError(f"{target!r} does not name a {what}: write package.module:function")
     with told(f"{name} cannot be imported"):
-        resolve_name(f"{name}:")
+        import_module(name)
     try:
         return resolve_name(target)
     except (AttributeError, ValueError) as error:
@@ -64,26 +67,38 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """
     if not path.is_file():
         raise DNALError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                compressed = (file.metadata() or {}).get("format") == FORMAT
-            if compressed:
-                return load_compressed(model, path)
+    if path.suffix == ".safetensors":
+        if read_header(path).get("format") == FORMAT:
+            return load_compressed(model, path)
+        with told(f"{path} is no safetensors file, or is damaged"):
             state: Any = load_file(path)
-        else:
-            with told(f"{path} cannot be read"):  # torch raises anything for a file that is none of its own
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model"):
-                state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-            if not isinstance(state, dict):
-                raise DNALError(f"{path} holds a {type(state).__name__}, not a state dict")
+    else:
+        state = _saved_by_torch(path)
+    own = model.state_dict()
+    for name, tensor in state.items():
+        mine = own.get(name)
+        if isinstance(mine, Tensor) and isinstance(tensor, Tensor) and mine.shape != tensor.shape:
+            shapes = f"{list(tensor.shape)}, the model's is {list(mine.shape)}"
+            raise DNALError(f"{path} does not fit the model: {name} is {shapes}")
+    with told(f"{path} does not fit the model"):
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except (OSError, SafetensorError) as error:
-        raise DNALError(f"{path} cannot be read: {error}") from error
-    except RuntimeError as error:  # of load_state_dict: a line for every tensor of another shape
-        raise DNALError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
     if missing or unexpected:
         what = f"it has no {missing[0]}" if missing else f"the model has no {unexpected[0]}"
         raise DNALError(f"{path} does not fit the model: {what}")
     return model
+
+
+def _saved_by_torch(path: Path) -> dict[str, Any]:
+    """The state dict in a file of ``torch.save``."""
+    remedy = "give a state dict, written by torch.save(model.state_dict(), path), or safetensors"
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DNALError(f"{path} holds more than tensors, or is no file of torch.save: {remedy}") from error
+    except (OSError, EOFError, *FORWARD_ERRORS) as error:  # torch raises anything for a file that is none of its own
+        raise DNALError(f"{path} is no file of torch.save, or is damaged: {remedy}") from error
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict):
+        raise DNALError(f"{path} holds a {type(state).__name__}: {remedy}")
+    return state

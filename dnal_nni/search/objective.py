@@ -157,24 +157,33 @@ class Objective:
             fraction *= 0.8
 
     def _check_reachable(self) -> None:
-        asked, target = ", ".join(f"{k}={v:.3g}" for k, v in self.fractions.items()), float(self.targets[0])
+        target = float(self.targets[0])
         nothing = torch.zeros_like(self.whole)
         most = (first_ranks(self.sizes, self.limits.most) & self.candidates(nothing + 1.0, nothing)[1]).double()
-        lowest, highest = (float(self.relative(g)[0]) for g in (self._smallest(self.limits.least), most))
-        if lowest > target:
+        least = self._smallest(self.limits.least)
+        if float(self.relative(least)[0]) > target:
             left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio and channel_multiple keep"
             raise DNALError(
-                f"Budget({asked}) cannot be reached: with {left} in each of the {len(self.sizes)} channel groups that "
-                f"may be cut, {lowest / target:.3g} times the budget remains; raise it or exclude fewer layers"
+                f"{self.budget} cannot be reached: with {left} in each of the {len(self.sizes)} channel groups that "
+                f"may be cut, {self._as_asked(least)} remains; raise it or exclude fewer layers"
             )
-        if highest < 0.99 * target:
+        if float(self.relative(most)[0]) < 0.99 * target:
             limit, remedy = "min_sparse_ratio", "min_sparse_ratio"
             if not bool(self._may.all()):
                 limit, remedy = "single_path", "do without single_path"
             raise DNALError(
-                f"Budget({asked}) is more than {limit} leaves ({highest / target:.3g} times the budget): lower the "
-                f"budget or {remedy}"
+                f"{self.budget} is more than {limit} leaves ({self._as_asked(most)}): lower the budget or {remedy}"
             )
+
+    def _as_asked(self, g: Tensor) -> str:
+        """What the network costs at gates ``g``, float64 ``[units]``: numbers or fractions, as the budget has them."""
+        assert self.budget is not None
+        costs = []
+        for kind, limit in self.budget.limits.items():
+            cost = float(getattr(self.cost, kind)(g))
+            share = f"{cost / getattr(self.cost.dense, kind):.3g}"
+            costs.append(f"{kind}={share if limit <= 1 else round(cost, 3 if kind == 'latency' else None)}")
+        return ", ".join(costs)
 
 
 def best_of_group(score: Tensor, group_of: Tensor, ranks: Tensor) -> Tensor:

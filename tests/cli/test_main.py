@@ -129,7 +129,7 @@ def test_weights_dense_and_compressed(nets: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["groups"][0]["channels"] == 4
     save_file({"stem.weight": torch.zeros(1)}, "other.safetensors")
     (nets / "bad.safetensors").write_bytes(b"\xff" * 100)
-    for name, said in (("none", "no file"), ("other", "does not fit the model"), ("bad", "cannot be read")):
+    for name, said in (("none", "no file"), ("other", "does not fit the model"), ("bad", "no safetensors file")):
         weights = f"{name}.safetensors"
         assert main(["inspect", "nets:Half", "--input", "2,3,8,8", "--weights", weights]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]

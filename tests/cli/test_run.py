@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from cli_tools import SHORT, compress, pictures, same_networks
 from safetensors.torch import load_file, save_file
 
 from dnal_nni import load_compressed, measure
@@ -22,92 +22,7 @@ from dnal_nni.cli.settings import Settings
 from dnal_nni.report.record import Report
 from dnal_nni.storage.reports import REPORT, saved_report
 
-NETS = """
-import torch
-from torch import nn
-
-def net(width=12, classes=3):
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes),
-    )
-
-def plain(classes=3):
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, classes, 3))
-
-def breaks():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 3))
-"""
-DATA = """
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-
-def _set(n, classes=3):
-    generator = torch.Generator().manual_seed(n)
-    labels = torch.arange(n) % classes
-    colours = torch.eye(3)[labels % 3].view(n, 3, 1, 1)
-    return TensorDataset(colours + 0.5 * torch.randn(n, 3, 8, 8, generator=generator), labels)
-
-def loaders():
-    return DataLoader(_set(48), 12, shuffle=True), DataLoader(_set(30), 30)
-
-def no_test():
-    return DataLoader(_set(24), 12, shuffle=True), None
-
-def too_many_classes():
-    return DataLoader(_set(48, 7), 12, shuffle=True), None
-
-def empty():
-    return DataLoader(_set(8), 12, drop_last=True), None
-
-def images_only():
-    return DataLoader(_set(8).tensors[0], 4), None
-
-def float_labels():
-    return DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.rand(8)), 4), None
-
-def nan():
-    return DataLoader(TensorDataset(torch.full((8, 3, 8, 8), float("nan")), torch.zeros(8).long()), 4), None
-
-def endless():
-    return iter([]), None
-
-def single():
-    return []
-
-def raises():
-    raise RuntimeError("no disk")
-"""
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "mynets.py").write_text(NETS)
-    (tmp_path / "mydata.py").write_text(DATA)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    for name in ("mynets", "mydata"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return tmp_path
-
-
-SHORT = ["--search-epochs", "2", "--epochs", "2", "--flops", "0.5"]
-
-
-def compress(*arguments: str, out: str = "run") -> int:
-    return main(["compress", "mynets:net", *SHORT, "--out", out, *arguments])
-
-
-def pictures(folder: Path, per_class: int) -> None:
-    """Squares of one colour with noise, 12 x 10 pixels, by class."""
-    generator = torch.Generator().manual_seed(per_class)
-    for i, name in enumerate(("blue", "green", "red")):
-        (folder / name).mkdir(parents=True)
-        for k in range(per_class):
-            pixels = 60 + 80 * torch.rand(10, 12, 3, generator=generator)
-            pixels[..., 2 - i] += 100
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / name / f"{k}.png")
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def test_from_images_to_a_smaller_network(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,11 +80,6 @@ def test_loaders_flags_and_files(work: Path, capsys: pytest.CaptureFixture[str])
         (work / "half.toml").write_text(text + "input = [1, 3, 8, 8]\n[kwargs]\nwidth = 8\n")
         assert main(["compress", "--config", "half.toml"]) == 0
         assert Report.from_dict(json.loads((work / "b" / REPORT).read_text())).targets == {"params": 0.5}
-
-
-def same_networks(a: Path, b: Path) -> bool:
-    nets = [load_compressed(import_module("mynets").net(), path / NETWORK).state_dict() for path in (a, b)]
-    return all(torch.equal(x, nets[1][name]) for name, x in nets[0].items())
 
 
 def child(folder: str, arguments: list[str]) -> None:
@@ -258,18 +168,24 @@ WRONG = {
     "no classes": (["--data", "mydata:float_labels"], r"gives labels of torch.float32 and shape \[4\]"),
     "too many classes": (["--data", "mydata:too_many_classes"], "the data have a class 6, the network only 3 scores"),
     "nan": (["--data", "mydata:nan"], "no finite number for the dummy_input"),
+    "percent": ([*D, "--flops", "50"], r"Budget\(flops=50\): 50 %\? write 0.5"),
+    "more than there is": ([*D, "--flops", "1e9"], r"Budget\(flops=1000000000\) is more than the model has \(50736\)"),
     "no budget": ([*D, "--flops", "nan"], "--flops nan: give a number above 0: up to 1 the fraction to keep"),
     "a budget in words": ([*D, "--params", "half"], "--params half: give a number above 0"),
-    "unreachable": ([*D, "--flops", "0.001"], "cannot be reached"),
+    "unreachable": ([*D, "--flops", "0.001"], r"Budget\(flops=0.001\) cannot be reached: .*, flops=0\.0404 remains"),
     "no epochs": ([*D, "--search-epochs", "0"], "--search-epochs 0: give a whole number of at least 1"),
     "words": ([*D, "--epochs", "many"], "--epochs many: give a whole number of at least 0"),
     "learning rate": ([*D, "--lr", "-1"], "--lr -1: give a number above 0"),
     "normalisation": ([*D, "--mean", "0.5", "--std", "0"], "--mean and --std: give as many numbers"),
-    "device": ([*D, "--device", "abacus"], "there is no device abacus"),
+    "unreachable number": ([*D, "--flops", "400"], r"Budget\(flops=400\) cannot be reached: .*, flops=20\d\d remains"),
+    "seed": ([*D, "--seed", "1e99"], "--seed 1e99: give a whole number of at least 0"),
+    "device": ([*D, "--device", "abacus"], "there is no device abacus on this machine"),
+    "folder": ([*D, "--out", "mynets.py"], "mynets.py cannot be made: File exists"),
     "weights": ([*D, "--weights", "none.pt"], "there is no file none.pt"),
-    "bad weights": ([*D, "--weights", "mynets.py"], "mynets.py cannot be read"),
-    "weights of another": ([*D, "--weights", "other.safetensors"], "does not fit the model"),
-    "no config": (["--config", "none.json"], "none.json cannot be read"),
+    "bad weights": ([*D, "--weights", "mynets.py"], "holds more than tensors, or is no file of torch.save: give a"),
+    "weights of another": ([*D, "--weights", "other.safetensors"], r"0\.weight is \[1\], the model's is \[12, 3"),
+    "no config": (["--config", "none.json"], "none.json cannot be read: No such file or directory"),
+    "no text": (["--config", "latin.json"], "latin.json cannot be read: it is not text"),
     "unknown option": (["--config", "odd.json"], "there is no option 'flop'"),
 }
 
@@ -279,6 +195,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     name: str, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_file({"0.weight": torch.zeros(1)}, "other.safetensors")
+    (work / "latin.json").write_bytes(b'{"data": "\xff"}')
     (work / "odd.json").write_text('{"flop": 0.5}')
     arguments, said = WRONG[name]
     assert compress(*arguments) == 2
@@ -327,3 +244,27 @@ def test_settings_say_what_every_option_is() -> None:
     assert help.returncode == 0 and "$ dnal compress mynets:resnet" in help.stdout
     for name in Settings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in help.stdout or name == "model"
+
+
+def test_tensorboard_is_looked_for_at_the_start(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("dnal_nni.cli.run.find_spec", lambda name: None)
+    assert compress(*D, "--tensorboard") == 2
+    assert capsys.readouterr().err == "dnal: --tensorboard needs tensorboard: pip install tensorboard\n"
+    assert not Path("run").exists()
+
+
+def test_a_limit_is_missing(capsys: Any) -> None:
+    assert main(["compress", "mynets:net", *D, "--out", "run"]) == 2
+    assert "--flops, --params or --latency is missing, for example --flops 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_whoever_read_the_output_may_go(closed: str, work: Path) -> None:
+    report = Path(__file__).parents[1] / "report" / "data" / "report-0.1.json"
+    command = [sys.executable, "-W", "ignore", "-m", "dnal_nni", "report", str(report)]
+    other = subprocess.STDOUT if closed == "both" else subprocess.PIPE
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        said = process.stderr.read() if process.stderr else ""
+    assert process.returncode == 141 and not said

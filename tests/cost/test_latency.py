@@ -155,5 +155,5 @@ def test_a_latency_budget_that_closes_nothing(net: nn.Module, x: Tensor) -> None
 
 
 def test_more_than_there_is(net: nn.Module, x: Tensor) -> None:
-    with pytest.raises(DNALError, match=r"Budget\(latency=1e\+06\) is more than the model has"):
+    with pytest.raises(DNALError, match=r"Budget\(latency=1000000\) is more than the model has"):
         pruner_of(net, x, Budget(latency=1e6))
