@@ -38,12 +38,15 @@ _NOW = {
     "latency": ("cost.latency",),
     "masks": ("plugin.masks",),
     "page": ("report.page",),
-    "products": ("channels.rules.products",),
+    "products": ("channels.rules.products", "channels.rules.convolutions", "channels.rules.normalisation"),
     "pruner": ("plugin.pruner",),
     "ranks": ("search.ranks",),
     "report": ("report.record",),
     "resume": ("storage.state",),
-    "rules": ("channels.rules.aten",),
+    "rules": tuple(
+        f"channels.rules.{family}"
+        for family in ("registry", "dispatch", "elementwise", "moving", "joining", "reductions", "windows", "indexing")
+    ),
     "schedule": ("search.schedule",),
     "scores": ("search.scores", "search.importance"),
     "search": ("search.loop", "search.paper", "surgery.inject"),

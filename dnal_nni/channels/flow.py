@@ -8,6 +8,7 @@ channels that *meet* are coupled, channels that are *mixed* are frozen.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..modules.running import flatten_tensors
 from .graph import CouplingGraph, Vertex
 
 Arrays = tuple[Tensor, ...]
@@ -206,14 +208,13 @@ class Flow:
 
 @dataclasses.dataclass
 class Operation:
-    """One call of an ATen operation.
+    """One call of an operation.
 
     Attributes:
         func: the overload, as PyTorch dispatched it.
         args, kwargs: what it was called with.
         out: what it returned.
         labels: of every tensor among the arguments, in their order; None where nothing can be removed.
-        zero: for pointwise operations: is the result 0 where the tensors of these numbers are?
     """
 
     func: Any
@@ -221,10 +222,10 @@ class Operation:
     kwargs: dict[str, Any]
     out: Any
     labels: list[Labels | None]
-    zero: Callable[[set[int]], bool] | None
 
     @property
     def name(self) -> str:
+        """Its name without underscores at the ends, for reasons."""
         return str(self.func.overloadpacket.__name__).strip("_")
 
     def argument(self, name: str, default: Any = None) -> Any:
@@ -236,7 +237,27 @@ class Operation:
 
     @property
     def numbers(self) -> list[Any]:
+        """Everything among the arguments that is no list: numbers that may count channels are among it."""
         return _flatten([self.args, list(self.kwargs.values())])
+
+    def gives_zero(self, where: set[int]) -> bool:
+        """A test by evaluation: is the result 0 where these operands (numbers of its tensors) are 0?
+
+        The other operands are random, not what they happen to be: a norm initialised to zero would prove anything.
+        """
+        generator = torch.Generator().manual_seed(0)
+        numbers = itertools.count()
+
+        def replaced(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                if next(numbers) in where:
+                    return torch.zeros(x.shape, dtype=x.dtype)
+                return torch.randn(x.shape, generator=generator).to(x.dtype)
+            return type(x)(replaced(y) for y in x) if isinstance(x, (list, tuple)) else x
+
+        args = replaced(self.args)
+        out = self.func(*args, **{key: replaced(x) for key, x in self.kwargs.items()})
+        return not any(bool(t.any()) for t in flatten_tensors(out))
 
 
 def _flatten(x: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from ..modules.layers import Layer, RMSNorm, layer_of
 from ..modules.running import call, flatten_tensors
 from .flow import Flow, Labels, axes_of, lay
 from .graph import CouplingGraph, Vertex
-from .rules.aten import run
+from .rules.dispatch import run
 from .work import Work, note
 
 

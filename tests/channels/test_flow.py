@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dnal_nni.channels.flow import Flow
 from dnal_nni.channels.graph import CouplingGraph
 from dnal_nni.channels.groups import find_groups
-from dnal_nni.channels.rules.aten import run
+from dnal_nni.channels.rules.dispatch import run
 from dnal_nni.channels.trace import Trace
 
 C = 6

@@ -1,16 +1,16 @@
-"""How channels pass through sums of products: matrix products, attention, convolutions and batch norms as functions."""
+"""Sums of products: matrix products, fused attention."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from ...modules.running import flatten_tensors
-from ..flow import Arrays, Flow, Operation, axes_of, lay
+from ..flow import Arrays, Flow, Operation, axes_of
+from .registry import rule
 
 
+@rule("mm", "addmm", "bmm", "baddbmm")
 def matmul(flow: Flow, op: Operation) -> None:
     """Matrix products. What is summed over stands or falls as a whole, unless one factor is a bare parameter.
 
@@ -58,6 +58,7 @@ def matmul(flow: Flow, op: Operation) -> None:
     flow.put(op.out, met, None)
 
 
+@rule("_scaled_dot_product_flash_attention_for_cpu")
 def attention(flow: Flow, op: Operation) -> None:
     """Fused attention: query and key are summed over their last axis, heads meet heads."""
     q, k, v = (flow.of(t) for t in op.args[:3])
@@ -76,62 +77,3 @@ def attention(flow: Flow, op: Operation) -> None:
     value = op.args[2]
     operands.append(((*value.shape[:-2], 1, value.shape[-1]), v.arrays if v else ()))
     flow.put(next(flatten_tensors(op.out)), flow.meet(operands, what), None)
-
-
-def convolution(flow: Flow, op: Operation) -> None:
-    """A convolution that is no layer: its kernel may be one for each channel, or a bare parameter."""
-    x, weight, bias = (flow.of(op.argument(name)) for name in ("input", "weight", "bias"))
-    kernel, offset = op.argument("weight"), op.argument("bias")
-    groups, channels = op.argument("groups", 1), op.argument("input").shape[1]
-    if groups == channels == kernel.shape[0] and not op.argument("transposed", False):
-        if x is None:
-            flow.freeze(weight, "a convolution with fixed channels")
-            return
-        lines = flow.mix(x, [0, *range(2, len(x.shape))], "a convolution runs over the channels")
-        columns: list[tuple[Sequence[int], Arrays]] = [
-            ((channels,), tuple(a.reshape(-1) for a in lines)),
-            ((channels,), tuple(a.reshape(-1) for a in weight.arrays if axes_of(a) == (0,)) if weight else ()),
-        ]
-        if offset is not None:
-            columns.append((offset.shape, bias.arrays if bias else ()))
-        met = flow.meet(columns, "a convolution with a fixed kernel")
-        for array in met:
-            flow.note_sizes([groups], array, (groups,))
-        flow.put(op.out, [lay(array, 1, op.out.dim()) for array in met], x.site if offset is None else None)
-        return
-    reads, makes = (0, 1) if op.argument("transposed", False) else (1, 0)
-    sides = [next((a for a in weight.arrays if axes_of(a) == (d,)), None) if weight else None for d in (reads, makes)]
-    reader, source = (flow.parameter(a) if a is not None else None for a in sides)
-    if groups > 1 or source is None or reader is None and x is not None:
-        for labels in (x, weight, bias):
-            flow.freeze(labels, "a convolution that is no layer")
-        return
-    arrived = [a for a in x.arrays if axes_of(a) == (1,)] if x is not None else []
-    if reader is not None and len(arrived) == 1 and x is not None and len(x.arrays) == 1:
-        flow.graph.couple(reader.ids, arrived[0].reshape(-1), flow.why("channels beside fixed ones"))
-        flow.graph.read_by(reader, x.site)
-    else:
-        flow.freeze(x, "a convolution runs over the channels")
-        if reader is not None:
-            flow.graph.freeze(reader.ids, flow.why("a convolution reads fixed channels"))
-    flow.graph.producers.add(source.key)
-    if offset is not None:
-        made = [((source.size,), (source.ids,)), (offset.shape, bias.arrays if bias else ())]
-        flow.meet(made, "a convolution with a fixed bias")
-    flow.put(op.out, [lay(source.ids, 1, op.out.dim())], None)
-
-
-def batch_norm(flow: Flow, op: Operation) -> None:
-    """Batch norm as a function: all its tensors are per channel."""
-    x = flow.of(op.args[0])
-    shape = op.args[0].shape
-    operands: list[tuple[Sequence[int], Arrays]] = []
-    arrays = flow.mix(x, [i for i in range(len(shape)) if i != 1], "batch norm over other axes than channels")
-    operands.append(((1, shape[1]), tuple(a.reshape(a.shape[:2]) for a in arrays)))
-    for tensor in op.args[1:5]:
-        if isinstance(tensor, Tensor):
-            labels = flow.of(tensor)
-            operands.append((tensor.shape, labels.arrays if labels else ()))
-    met = flow.meet(operands, "batch norm with fixed statistics")
-    out = next(flatten_tensors(op.out))
-    flow.put(out, [lay(a, 1, out.dim()) for a in met], None)

@@ -1,0 +1,52 @@
+"""Operations on elements at the same place, and copies."""
+
+from __future__ import annotations
+
+from ...modules.running import flatten_tensors
+from ..flow import Flow, Operation, Site, axes_of
+from .registry import rule
+
+
+# without torch's tag, or without it in torch 2.2
+@rule("hardswish", "hardsigmoid", "hardtanh", "mish", "celu", "softshrink", "leaky_relu")
+@rule("elu", "gelu", "silu", "softplus", "threshold", "_prelu_kernel")
+def pointwise(flow: Flow, op: Operation) -> None:
+    """Elements at the same place meet: activations, addition, multiplication, comparison, where."""
+    tensors = list(flatten_tensors([op.args, list(op.kwargs.values())]))
+    operands = [
+        (labels.shape if labels else tensor.shape, labels.arrays if labels else ())
+        for tensor, labels in zip(tensors, op.labels)
+    ]
+    arrays = flow.meet(operands, f"{op.name} meets a tensor whose channels are fixed")
+    site = _site(op)
+    for out in flatten_tensors(op.out):
+        flow.put(out, arrays, site)
+
+
+def _site(op: Operation) -> Site:
+    labelled = {i: x.site for i, x in enumerate(op.labels) if x is not None}
+    for i, site in labelled.items():
+        if site is not None and op.gives_zero({i}):
+            return site
+    sites = [site for site in labelled.values() if site is not None]
+    if len(sites) < max(2, len(labelled)) or not op.gives_zero(set(labelled)):
+        return None
+    return frozenset().union(*sites)
+
+
+@rule("clone", "_to_copy", "detach", "alias", "lift_fresh")
+def same(flow: Flow, op: Operation) -> None:
+    """The result has the labels of the first argument: copies, casts."""
+    labels = op.labels[0]
+    if labels is not None:
+        flow.put(op.out, labels.arrays, labels.site)
+
+
+@rule("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli")
+@rule("new_empty", "new_zeros", "new_ones", "new_full")
+def like(flow: Flow, op: Operation) -> None:
+    """A new tensor with the sizes of the first along labelled axes: its channels come and go with those."""
+    labels = op.labels[0]
+    if labels is not None and op.out.dim() == len(labels.shape):
+        kept = [a for a in labels.arrays if all(op.out.shape[axis] == a.shape[axis] for axis in axes_of(a))]
+        flow.put(op.out, kept, None)

@@ -1,0 +1,87 @@
+"""Operations that only move elements: they are run on the labels themselves."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..flow import Flow, Operation, StoredSize, axes_of, compress
+from .registry import rule
+
+
+@rule("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "flip", "rot90", "repeat", "repeat_interleave")
+@rule("pixel_shuffle", "pixel_unshuffle", "diagonal", "unfold")
+def move(flow: Flow, op: Operation) -> None:
+    """Elements change places only: the operation is run on the labels."""
+    labels = op.labels[0]
+    if labels is None:  # only an index is labelled
+        for other in op.labels:
+            flow.freeze(other, f"{op.name} indexes with channels")
+        return
+    outs = op.out if isinstance(op.out, (list, tuple)) else [op.out]
+    kept: list[list[Tensor]] = [[] for _ in outs]
+    further = [a.cpu() if isinstance(a, Tensor) else a for a in op.args[1:]]  # labels stay on the CPU
+    for array in labels.arrays:
+        moved = op.func(array.expand(labels.shape), *further, **op.kwargs)
+        for i, piece in enumerate(moved if isinstance(moved, (list, tuple)) else [moved]):
+            kept[i].append(compress(piece))
+        flow.note_sizes(op.numbers, array, labels.shape)
+    for out, arrays in zip(outs, kept):
+        for array in arrays:
+            flow.note_sizes(op.numbers, array, out.shape)
+        flow.put(out, arrays, labels.site)
+
+
+@rule("slice")
+def strided(flow: Flow, op: Operation) -> None:
+    """A slice; of one that takes every n-th channel, only whole rows of n channels can go."""
+    move(flow, op)
+    labels, step = op.labels[0], op.argument("step", 1)
+    if labels is None or step == 1:
+        return
+    axis = op.argument("dim", 0) % len(labels.shape)
+    for array in labels.arrays:
+        if axis not in axes_of(array):
+            continue
+        if array.shape[axis] % step:
+            flow.graph.freeze(array, flow.why(f"one of {step} channels is taken"))
+        else:
+            flow.graph.require_rectangle(array.movedim(axis, 0).reshape(array.shape[axis] // step, -1), 0)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def shuffle(flow: Flow, op: Operation) -> None:
+    """Channel shuffle: the same slice of all parts can go."""
+    labels = op.labels[0]
+    for array in labels.arrays if labels else ():
+        if 1 in axes_of(array):
+            flow.graph.require_rectangle(array.movedim(1, 0).reshape(op.argument("groups"), -1), 1)
+    move(flow, op)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+def reshape(flow: Flow, op: Operation) -> None:
+    """Where an axis is split, only whole slices along one of its parts can go."""
+    labels = op.labels[0]
+    if labels is None:
+        return
+    arrays = []
+    for array in labels.arrays:
+        new = compress(array.expand(labels.shape).reshape(op.out.shape))
+        arrays.append(new)
+        if len(axes_of(new)) > 1:
+            flow.graph.require_rectangle(new)
+        flow.note_sizes(op.numbers, new, op.out.shape)
+        for axis in axes_of(new):
+            flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(op.args[1]), axis, new, axis))
+        flow.note_sizes(labels.shape, array, labels.shape)  # a forward often keeps the size of the axis that it splits
+    flow.put(op.out, arrays, labels.site)
+
+
+@rule("as_strided")
+def as_strided(flow: Flow, op: Operation) -> None:
+    """torch changes the memory format of some results in place; any other use is not followed."""
+    labels = op.labels[0]
+    if labels is not None and tuple(op.args[1]) == tuple(labels.shape):
+        flow.put(op.out, labels.arrays, labels.site)
+    else:
+        flow.freeze(labels, "as_strided")

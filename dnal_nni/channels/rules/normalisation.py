@@ -1,0 +1,28 @@
+"""Norms that are no layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...modules.running import flatten_tensors
+from ..flow import Arrays, Flow, Operation, lay
+from .registry import rule
+
+
+@rule("native_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
+def batch_norm(flow: Flow, op: Operation) -> None:
+    """Batch norm as a function: all its tensors are per channel."""
+    x = flow.of(op.args[0])
+    shape = op.args[0].shape
+    operands: list[tuple[Sequence[int], Arrays]] = []
+    arrays = flow.mix(x, [i for i in range(len(shape)) if i != 1], "batch norm over other axes than channels")
+    operands.append(((1, shape[1]), tuple(a.reshape(a.shape[:2]) for a in arrays)))
+    for tensor in op.args[1:5]:
+        if isinstance(tensor, Tensor):
+            labels = flow.of(tensor)
+            operands.append((tensor.shape, labels.arrays if labels else ()))
+    met = flow.meet(operands, "batch norm with fixed statistics")
+    out = next(flatten_tensors(op.out))
+    flow.put(out, [lay(a, 1, out.dim()) for a in met], None)
