@@ -10,6 +10,7 @@ from .moved import install
 if TYPE_CHECKING:
     from .budget import Budget as Budget
     from .budget import Complexity as Complexity
+    from .channels.rules.registry import register_rule as register_rule
     from .cost.count import measure as measure
     from .errors import DNALError as DNALError
     from .modules.adapters import register_adapter as register_adapter
@@ -33,6 +34,7 @@ _HOME = {
     "measure": "cost.count",
     "register_adapter": "modules.adapters",
     "register_layer": "modules.layers",
+    "register_rule": "channels.rules.registry",
     "save_compressed": "storage.compressed",
     "speedup": "plugin.masks",
 }

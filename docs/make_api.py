@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dnal_nni
+from dnal_nni.channels.flow import Flow, Labels, Operation
 from dnal_nni.channels.groups import ChannelGroup, Member
 from dnal_nni.modules.gates import ScaledSigmoidGate
 from dnal_nni.report.record import GroupReport, Report
@@ -16,11 +17,12 @@ HEAD = """# API
 Written by `docs/make_api.py` from the docstrings; a test compares. The first part is what `from dnal_nni import ...`
 gives, the second what these hand out.
 """
-HANDED_OUT = (Search, ChannelGroup, Member, ScaledSigmoidGate, Report, GroupReport)
+HANDED_OUT = (Search, ChannelGroup, Member, ScaledSigmoidGate, Report, GroupReport, Flow, Labels, Operation)
 METHODS = {"search", "compress", "harden", "speedup", "carry_optimizer", "unwrap_model", "wrap_model", "update_masks"}
 METHODS |= {"get_masks", "state_dict", "load_state_dict", "save_checkpoint", "load_checkpoint", "from_compressor"}
 METHODS |= {"report", "groups", "gates", "step", "penalised", "restore", "to_dict", "from_dict", "to_json", "to_html"}
 METHODS |= {"to_tensorboard", "plot_widths", "rows"}
+METHODS |= {"of", "put", "freeze", "couple", "mix", "meet", "argument", "gives_zero"}
 
 
 def signature(thing: Any) -> str:

@@ -78,7 +78,7 @@ class StoredSize:
 
 
 class Flow:
-    """The labels of every tensor that is alive during a trace.
+    """The labels of every tensor that is alive during a trace, and what a rule can do with them.
 
     Args:
         graph: receives the couplings.
@@ -105,7 +105,14 @@ class Flow:
         return known if known is not None else self._leaf(tensor)
 
     def put(self, tensor: Any, arrays: Iterable[Tensor], site: Site) -> None:
-        """Label a new tensor. Arrays that nothing can be removed from are dropped; the last channel left must stay."""
+        """Label a tensor that an operation returned. What is not labelled counts as fixed.
+
+        Args:
+            tensor: the result, or a part of it.
+            arrays: its channel ids, see :class:`Labels`; those that nothing can be removed from are dropped. A channel
+                that is all there is along every axis must stay.
+            site: the labels' own, where the operation returns 0 wherever its channels are 0; else None.
+        """
         arrays = tuple(arrays)
         for single in (a for a in arrays if a.numel() == 1):
             self.graph.freeze(single, self.why("a single channel is taken by itself"))
@@ -122,9 +129,13 @@ class Flow:
         return f"{path + ': ' if path else ''}{what} in {name}.forward"
 
     def freeze(self, labels: Labels | None, what: str) -> None:
-        """Keep every channel of a tensor."""
+        """Keep every channel of a tensor; ``what`` is the reason, such as "fft runs over the channels"."""
         for array in labels.arrays if labels else ():
             self.graph.freeze(array, self.why(what))
+
+    def couple(self, a: Tensor, b: Tensor, what: str) -> None:
+        """Let channels (ids, broadcast against each other) stand and fall together; what meets a -1 is frozen."""
+        self.graph.couple(a, b, self.why(what))
 
     def parameter(self, array: Tensor) -> Vertex | None:
         """The vertex of the bare parameter or buffer whose untouched labels ``array`` are."""
@@ -136,8 +147,8 @@ class Flow:
     def mix(self, labels: Labels | None, axes: Sequence[int], what: str) -> Arrays:
         """The arrays behind an operation that combines all elements along ``axes``, which keep their size.
 
-        Channels that differ only along those axes are frozen; where they differ along others too, they are coupled
-        along ``axes``: whole slices may still go.
+        Channels that differ only along those axes are frozen, for the reason ``what``; where they differ along others
+        too, they are coupled along ``axes``: whole slices may still go.
         """
         if labels is None:
             return ()
@@ -152,7 +163,7 @@ class Flow:
                 first = array
                 for axis in mixed:
                     first = first.narrow(axis, 0, 1)
-                self.graph.couple(first, array, self.why(what))
+                self.couple(first, array, what)
                 array = first
             left.append(array)
         return tuple(left)
@@ -160,7 +171,7 @@ class Flow:
     def meet(self, operands: Sequence[tuple[Sequence[int], Arrays]], what: str) -> list[Tensor]:
         """Arrays of the broadcast result of tensors, given as (shape, arrays): what meets is coupled.
 
-        An axis of full size without labels cannot be cut: channels that meet it are frozen.
+        An axis of full size without labels cannot be cut: channels that meet it are frozen, for the reason ``what``.
         """
         rank = max(len(shape) for shape, _ in operands)
         sizes = [(1,) * (rank - len(shape)) + tuple(shape) for shape, _ in operands]
@@ -182,7 +193,7 @@ class Flow:
                         break
                     if j > i:
                         for partner in partners:
-                            self.graph.couple(array, partner, self.why(what))
+                            self.couple(array, partner, what)
                 # of coupled arrays the one with most axes stays: it still names every channel
                 if alive and not any(set(axes) <= set(axes_of(kept)) for kept in result):
                     result = [kept for kept in result if not set(axes_of(kept)) <= set(axes)] + [array]

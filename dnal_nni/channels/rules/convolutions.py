@@ -39,7 +39,7 @@ def convolution(flow: Flow, op: Operation) -> None:
         return
     arrived = [a for a in x.arrays if axes_of(a) == (1,)] if x is not None else []
     if reader is not None and len(arrived) == 1 and x is not None and len(x.arrays) == 1:
-        flow.graph.couple(reader.ids, arrived[0].reshape(-1), flow.why("channels beside fixed ones"))
+        flow.couple(reader.ids, arrived[0].reshape(-1), "channels beside fixed ones")
         flow.graph.read_by(reader, x.site)
     else:
         flow.freeze(x, "a convolution runs over the channels")

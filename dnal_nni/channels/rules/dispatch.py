@@ -14,12 +14,12 @@ from ...modules.running import FORWARD_ERRORS, flatten_tensors
 from ..flow import Flow, Operation
 from . import convolutions, indexing, joining, moving, normalisation, products, reductions, windows  # noqa: F401
 from .elementwise import pointwise
-from .registry import RULES, Rule, in_place, name_of
+from .registry import RULES, Rule, in_place, key_of
 
 
 def rule_of(func: Any) -> Rule | None:
     """The rule for an overload: one that is registered, or, by torch's own tag, that for elements that meet."""
-    name = name_of(func)
+    name = key_of(func)
     found = RULES.get(name)
     if found is None and func.namespace == "aten" and _is_pointwise(func, name.removeprefix("aten::")):
         return pointwise

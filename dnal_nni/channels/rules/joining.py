@@ -59,7 +59,7 @@ def glu(flow: Flow, op: Operation) -> None:
     for array in labels.arrays:
         if array.shape[axis] > 1:
             first, second = array.chunk(2, axis)
-            flow.graph.couple(first, second, flow.why("the halves of glu"))
+            flow.couple(first, second, "the halves of glu")
             array = first
         arrays.append(array)
     flow.put(op.out, arrays, labels.site)

@@ -34,7 +34,7 @@ def matmul(flow: Flow, op: Operation) -> None:
     if reader is not None:
         for x in along_a:
             if axes_of(x) == (summed_a,):
-                flow.graph.couple(reader.ids, x.reshape(-1), flow.why(what))
+                flow.couple(reader.ids, x.reshape(-1), what)
                 flow.graph.read_by(reader, la.site if la else None)
             else:
                 flow.graph.freeze(x, flow.why(what))

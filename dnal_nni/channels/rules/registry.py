@@ -34,7 +34,7 @@ def register_rule(operation: str, rule: Rule) -> ExitStack:
 
     Args:
         operation: its name in torch's registry, ``namespace::name``; all of its overloads follow the rule, and so does
-            the variant with an underscore that works in place.
+            the variant that works in place (``name_``).
         rule: called with the :class:`~dnal_nni.channels.flow.Flow` of labels and the
             :class:`~dnal_nni.channels.flow.Operation` after each of its calls into which channels flow; it labels what
             the operation returned (:meth:`Flow.put`). What it does not label counts as fixed, so it freezes
@@ -54,14 +54,15 @@ def register_rule(operation: str, rule: Rule) -> ExitStack:
         )
     if not callable(rule):
         raise DNALError(f"register_rule: the rule for {operation} must be a function of (flow, operation)")
-    before = RULES.get(operation)
-    RULES[operation] = rule
+    key = _functional(operation)
+    before = RULES.get(key)
+    RULES[key] = rule
 
     def undo() -> None:
         if before is None:
-            del RULES[operation]
+            del RULES[key]
         else:
-            RULES[operation] = before
+            RULES[key] = before
 
     registered = ExitStack()
     registered.callback(undo)
@@ -69,12 +70,15 @@ def register_rule(operation: str, rule: Rule) -> ExitStack:
 
 
 def in_place(func: Any) -> bool:
-    """Whether an overload writes into its first argument."""
+    """Whether an overload writes into its first argument, by its name."""
     name: str = func.overloadpacket.__name__
-    return name.endswith("_") and not name.endswith("__")
+    return _functional(name) != name
 
 
-def name_of(func: Any) -> str:
-    """``namespace::name`` of an overload; of one that works in place, that of the operation it does."""
-    name = func.overloadpacket.__name__
-    return f"{func.namespace}::{name.rstrip('_') if in_place(func) else name}"
+def key_of(func: Any) -> str:
+    """Under which name an overload has its rule: ``namespace::name``, without the underscore of work in place."""
+    return _functional(f"{func.namespace}::{func.overloadpacket.__name__}")
+
+
+def _functional(name: str) -> str:
+    return name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name

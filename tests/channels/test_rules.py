@@ -1,0 +1,93 @@
+"""Rules for operations: those of users."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dnal_nni import DNALError, DNALPruner, register_rule
+from dnal_nni.channels.flow import Flow, Operation
+from dnal_nni.channels.groups import ChannelGroup, find_groups
+from dnal_nni.channels.rules.elementwise import pointwise
+from dnal_nni.channels.rules.windows import windowed
+from dnal_nni.surgery.verify import verify_and_freeze
+
+LIBRARY = torch.library.Library("dnal_test", "DEF")
+LIBRARY.define("blur(Tensor x) -> Tensor")
+LIBRARY.define("swish_(Tensor(a!) x) -> Tensor(a!)")
+LIBRARY.define("centre(Tensor x) -> Tensor")
+LIBRARY.impl("blur", lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1), "CPU")
+LIBRARY.impl("swish_", lambda x: x.mul_(x.sigmoid()), "CPU")
+LIBRARY.impl("centre", lambda x: x - x.mean(1, keepdim=True), "CPU")
+
+
+def keeps_channels(flow: Flow, op: Operation) -> None:
+    x = op.labels[0]
+    if x is not None:
+        flow.put(op.out, flow.mix(x, [2, 3], "blur runs over the channels"), x.site)
+
+
+def does_not_run(flow: Flow, op: Operation) -> None:
+    raise ValueError("no such form")
+
+
+class Net(nn.Module):
+    def __init__(self, operation: str) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(getattr(torch.ops.dnal_test, self.operation)(self.bn(self.a(x))))
+
+
+def first_group(operation: str) -> ChannelGroup:
+    torch.manual_seed(0)
+    net, x = Net(operation), torch.randn(2, 3, 8, 8)
+    groups = find_groups(net, x)
+    verify_and_freeze(net, groups, x, seconds=60)
+    return groups[0]
+
+
+def test_an_operation_of_a_user_is_followed_while_its_rule_is_registered() -> None:
+    assert first_group("blur").frozen == "blur mixes channels, or is not known, in Net.forward"
+    with register_rule("dnal_test::blur", keeps_channels):
+        group = first_group("blur")
+        assert group.frozen is None and group.site == "norm"  # which says that it maps 0 to 0
+        pruner = DNALPruner(Net("blur"), [{"op_types": ["Conv2d"]}], dummy_input=torch.randn(2, 3, 8, 8))
+        pruner.harden({"a": torch.arange(8) < 3})
+        assert pruner.speedup().b.in_channels == 3
+    assert first_group("blur").frozen is not None
+
+
+def test_rules_of_the_package_serve_operations_of_users() -> None:
+    with register_rule("dnal_test::blur", windowed(2)):
+        assert first_group("blur").frozen is None
+    registered = register_rule("dnal_test::swish_", pointwise)
+    assert first_group("swish_").frozen is None  # in place
+    registered.close()
+    assert first_group("swish_").frozen is not None
+
+
+def test_a_rule_that_is_wrong_leaves_its_layers_whole() -> None:
+    with register_rule("dnal_test::centre", pointwise):
+        assert (first_group("centre").frozen or "").startswith("removing channels would change the output by")
+    with register_rule("dnal_test::centre", does_not_run):
+        assert first_group("centre").frozen == "centre cannot be followed (ValueError) in Net.forward"
+
+
+def test_a_later_rule_counts_until_it_is_closed() -> None:
+    with register_rule("dnal_test::blur", keeps_channels):
+        with register_rule("dnal_test::blur", does_not_run):
+            assert first_group("blur").frozen is not None
+        assert first_group("blur").frozen is None
+
+
+@pytest.mark.parametrize("name", ["blur", "dnal_test::sharpen", "nowhere::blur", "dnal_test::", ""])
+def test_an_operation_that_torch_does_not_know(name: str) -> None:
+    with pytest.raises(DNALError, match=f"register_rule: torch knows no operation {name!r}: give its name as"):
+        register_rule(name, keeps_channels)
+
+
+def test_a_rule_is_a_function() -> None:
+    with pytest.raises(DNALError, match="rule for dnal_test::blur must be a function of"):
+        register_rule("dnal_test::blur", "pointwise")  # type: ignore[arg-type]
