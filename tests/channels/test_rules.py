@@ -1,4 +1,6 @@
-"""Rules for operations: those of users."""
+"""Rules for operations: those of users, and what PyTorch's samples found in ours (see test_op_db.py)."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ from torch import Tensor, nn
 
 from dnal_nni import DNALError, DNALPruner, register_rule
 from dnal_nni.channels.flow import Flow, Operation
+from dnal_nni.channels.graph import CouplingGraph
 from dnal_nni.channels.groups import ChannelGroup, find_groups
+from dnal_nni.channels.rules.dispatch import run
 from dnal_nni.channels.rules.elementwise import pointwise
 from dnal_nni.channels.rules.windows import windowed
 from dnal_nni.surgery.verify import verify_and_freeze
@@ -91,3 +95,73 @@ def test_an_operation_that_torch_does_not_know(name: str) -> None:
 def test_a_rule_is_a_function() -> None:
     with pytest.raises(DNALError, match="rule for dnal_test::blur must be a function of"):
         register_rule("dnal_test::blur", "pointwise")  # type: ignore[arg-type]
+
+
+# -- those that were wrong --------------------------------------------------------------------------------------------
+
+
+def labelled(flow: Flow, tensor: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
+    """The tensor with channels along an axis, all of which a norm zeroes, and their ids."""
+    ids = flow.graph.vertex(name, "out", tensor.shape[axis]).ids
+    flow.put(tensor, [ids.view([-1 if i == axis else 1 for i in range(tensor.dim())])], frozenset({name}))
+    return tensor, ids
+
+
+@pytest.fixture
+def flow() -> Flow:
+    return Flow(CouplingGraph(), lambda tensor: None, lambda: ("", "Test"))
+
+
+ZEROES: dict[str, tuple[Any, bool]] = {
+    "mul": (torch.ops.aten.mul.Tensor, True),
+    "add": (torch.ops.aten.add.Tensor, False),  # a closed row is not 0: each column adds its own
+    "div": (torch.ops.aten.div.Tensor, False),
+}
+
+
+@pytest.mark.parametrize("name", ZEROES)
+def test_rows_meet_columns(flow: Flow, name: str) -> None:
+    function, zeroed = ZEROES[name]
+    a, _ = labelled(flow, torch.randn(4, 1), 0, "a")
+    b, _ = labelled(flow, torch.randn(1, 5), 1, "b")
+    labels = flow.of(run(flow, function, (a, b), {}))
+    assert labels is not None and len(labels.arrays) == 2
+    assert labels.site == (frozenset({"a", "b"}) if zeroed else None)
+
+
+def test_what_is_zero_in_two_places_at_once(flow: Flow) -> None:
+    x, _ = labelled(flow, torch.randn(2, 4), 1, "x")
+    labels = flow.of(run(flow, torch.ops.aten.eq.Tensor, (x, x), {}))  # 0 equals 0, and no random number
+    assert labels is not None and labels.site is None
+    for threshold in (torch.tensor(-1.0), torch.tensor(1.0)):  # a number of either sign
+        labels = flow.of(run(flow, torch.ops.aten.minimum.default, (x, threshold), {}))
+        assert labels is not None and labels.site is None
+
+
+def test_indices_of_a_maximum_are_not_zero(flow: Flow) -> None:
+    x, _ = labelled(flow, torch.randn(2, 4, 6, 6), 1, "x")
+    values, indices = (flow.of(t) for t in run(flow, torch.ops.aten.max_pool2d_with_indices.default, (x, [2, 2]), {}))
+    assert values is not None and values.site and indices is not None and indices.site is None
+
+
+def frozen(flow: Flow, ids: Tensor) -> bool:
+    units = flow.graph.units()
+    return set(units[ids].tolist()) <= flow.graph.frozen_units(units).keys()
+
+
+def test_a_depthwise_convolution_sums_over_its_kernel(flow: Flow) -> None:
+    x, channels = labelled(flow, torch.randn(2, 4, 8), 1, "x")
+    kernel, positions = labelled(flow, torch.randn(4, 1, 3), 2, "kernel")
+    arguments = ([1], [0], [1], False, [0])
+    run(flow, torch.ops.aten.convolution.default, (x, kernel, None, *arguments, 4), {})
+    assert frozen(flow, positions)
+    bias, offsets = labelled(flow, torch.randn(4), 0, "bias")
+    run(flow, torch.ops.aten.convolution.default, (torch.randn(2, 4, 8), torch.randn(4, 1, 3), bias, *arguments, 4), {})
+    assert frozen(flow, offsets)
+
+
+def test_rows_written_between_labelled_rows(flow: Flow) -> None:
+    x, rows = labelled(flow, torch.randn(5, 3), 0, "x")
+    values, _ = labelled(flow, torch.randn(1, 3), 1, "values")
+    run(flow, torch.ops.aten.index_put.default, (x, [torch.tensor([4])], values), {})
+    assert frozen(flow, rows)

@@ -16,12 +16,14 @@ def convolution(flow: Flow, op: Operation) -> None:
     groups, channels = op.argument("groups", 1), op.argument("input").shape[1]
     if groups == channels == kernel.shape[0] and not op.argument("transposed", False):
         if x is None:
-            flow.freeze(weight, "a convolution with fixed channels")
+            for labels in (weight, bias):
+                flow.freeze(labels, "a convolution with fixed channels")
             return
         lines = flow.mix(x, [0, *range(2, len(x.shape))], "a convolution runs over the channels")
+        kernels = flow.mix(weight, range(1, kernel.dim()), "a convolution runs over its kernel")
         columns: list[tuple[Sequence[int], Arrays]] = [
             ((channels,), tuple(a.reshape(-1) for a in lines)),
-            ((channels,), tuple(a.reshape(-1) for a in weight.arrays if axes_of(a) == (0,)) if weight else ()),
+            ((channels,), tuple(a.reshape(-1) for a in kernels)),
         ]
         if offset is not None:
             columns.append((offset.shape, bias.arrays if bias else ()))
@@ -37,6 +39,9 @@ def convolution(flow: Flow, op: Operation) -> None:
         for labels in (x, weight, bias):
             flow.freeze(labels, "a convolution that is no layer")
         return
+    for array in weight.arrays if weight else ():
+        if not any(array is side for side in sides):
+            flow.graph.freeze(array, flow.why("a convolution runs over its kernel"))
     arrived = [a for a in x.arrays if axes_of(a) == (1,)] if x is not None else []
     if reader is not None and len(arrived) == 1 and x is not None and len(x.arrays) == 1:
         flow.couple(reader.ids, arrived[0].reshape(-1), "channels beside fixed ones")

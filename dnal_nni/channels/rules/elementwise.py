@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from ...modules.running import flatten_tensors
 from ..flow import Flow, Operation, Site, axes_of
 from .registry import rule
@@ -18,20 +22,29 @@ def pointwise(flow: Flow, op: Operation) -> None:
         for tensor, labels in zip(tensors, op.labels)
     ]
     arrays = flow.meet(operands, f"{op.name} meets a tensor whose channels are fixed")
-    site = _site(op)
+    site = _site(op, arrays)
     for out in flatten_tensors(op.out):
         flow.put(out, arrays, site)
 
 
-def _site(op: Operation) -> Site:
-    labelled = {i: x.site for i, x in enumerate(op.labels) if x is not None}
-    for i, site in labelled.items():
-        if site is not None and op.gives_zero({i}):
-            return site
-    sites = [site for site in labelled.values() if site is not None]
-    if len(sites) < max(2, len(labelled)) or not op.gives_zero(set(labelled)):
-        return None
-    return frozenset().union(*sites)
+def _site(op: Operation, arrays: Sequence[Tensor]) -> Site:
+    """Norms that zero the result: for each of its arrays, of one operand that alone does, or of all that carry it."""
+    found: frozenset[str] = frozenset()
+    for array in arrays:
+        axes = {axis - array.dim() for axis in axes_of(array)}
+        carriers = {
+            i: x.site
+            for i, x in enumerate(op.labels)
+            if x is not None and any(axes & {axis - a.dim() for axis in axes_of(a)} for a in x.arrays)
+        }
+        alone = next((site for i, site in carriers.items() if site is not None and op.gives_zero({i})), None)
+        if alone is None:
+            sites = [site for site in carriers.values() if site is not None]
+            if len(sites) < max(2, len(carriers)) or not op.gives_zero(set(carriers)):
+                return None
+            alone = frozenset().union(*sites)
+        found |= alone
+    return found
 
 
 @rule("clone", "_to_copy", "detach", "alias", "lift_fresh")

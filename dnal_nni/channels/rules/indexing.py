@@ -56,6 +56,7 @@ def index_put(flow: Flow, op: Operation) -> None:
     elif target is None:
         flow.put(op.out, values.arrays, None)
     else:
-        one_row = [(labels.shape[1:], tuple(a[0] for a in labels.arrays)) for labels in (target, values)]
+        sides = (target, flow.mix(target, [0], "writing by index")), (values, values.arrays)
+        one_row = [(labels.shape[1:], tuple(a[0] for a in arrays)) for labels, arrays in sides]
         met = flow.meet(one_row, "rows beside rows with fixed channels")
         flow.put(op.out, [a[None] for a in met], None)

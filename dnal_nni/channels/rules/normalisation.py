@@ -24,5 +24,6 @@ def batch_norm(flow: Flow, op: Operation) -> None:
             labels = flow.of(tensor)
             operands.append((tensor.shape, labels.arrays if labels else ()))
     met = flow.meet(operands, "batch norm with fixed statistics")
-    out = next(flatten_tensors(op.out))
-    flow.put(out, [lay(a, 1, out.dim()) for a in met], None)
+    for out in flatten_tensors(op.out):  # the statistics too
+        if out.numel() >= shape[1]:
+            flow.put(out, [lay(a, 1 if out.dim() > 1 else 0, out.dim()) for a in met], None)

@@ -58,11 +58,12 @@ def matmul(flow: Flow, op: Operation) -> None:
     flow.put(op.out, met, None)
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu")
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
 def attention(flow: Flow, op: Operation) -> None:
     """Fused attention: query and key are summed over their last axis, heads meet heads."""
     q, k, v = (flow.of(t) for t in op.args[:3])
-    mask = op.argument("attn_mask")
+    mask = op.argument("attn_mask", op.argument("attn_bias"))
     what = "attention over channels that are fixed elsewhere"
     for labels in (q, k, v):
         if labels is not None and any(len(labels.shape) - 2 in axes_of(array) for array in labels.arrays):
@@ -76,4 +77,9 @@ def attention(flow: Flow, op: Operation) -> None:
             operands.append(((*tensor.shape[:-2], 1, 1), flow.mix(labels, summed, what)))
     value = op.args[2]
     operands.append(((*value.shape[:-2], 1, value.shape[-1]), v.arrays if v else ()))
-    flow.put(next(flatten_tensors(op.out)), flow.meet(operands, what), None)
+    out, *sums = flatten_tensors(op.out)
+    met = flow.meet(operands, what)
+    flow.put(out, met, None)
+    for tensor in sums:  # of a row's exponentials
+        if tensor.dim() == out.dim() - 1:
+            flow.put(tensor, [a[..., 0] for a in met if out.dim() - 1 not in axes_of(a)], None)

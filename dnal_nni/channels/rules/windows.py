@@ -18,7 +18,7 @@ def windowed(spatial: int) -> Rule:
             axes = range(len(labels.shape) - spatial, len(labels.shape))
             arrays = flow.mix(labels, list(axes), f"{op.name} runs over the channels")
             for out in flatten_tensors(op.out):
-                flow.put(out, arrays, labels.site)
+                flow.put(out, arrays, labels.site if out.is_floating_point() else None)  # not indices
 
     return windows
 
