@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,17 @@ def flatten_tensors(out: Any) -> Iterator[Tensor]:
             yield from flatten_tensors(getattr(out, field.name))
 
 
+def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
+    """``function`` of every tensor in lists, tuples (tuples then) and dicts; anything else as it is."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: map_tensors(function, value) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return tuple(map_tensors(function, value) for value in inputs)
+    return inputs
+
+
 def call(model: nn.Module, dummy_input: Any) -> Any:
     """Run the model on a tensor, on a tuple or list of positional arguments, or on a dict of keyword arguments."""
     if isinstance(dummy_input, Mapping):
@@ -53,13 +64,25 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 def clone(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps computed tensors as attributes (``torch.nn.utils.weight_norm`` does)."""
-    computed = {
+    return copy.deepcopy(model, _computed(model))
+
+
+def twin(model: nn.Module, values: Callable[[Tensor], Tensor] = torch.detach) -> nn.Module:
+    """A copy whose parameters are ``values`` of the model's: by default they share its memory. Buffers are its own."""
+    memo: dict[int, Any] = _computed(model)
+    for p in model.parameters():
+        if type(p).__deepcopy__ is nn.Parameter.__deepcopy__:
+            memo[id(p)] = type(p)(values(p.detach()), p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _computed(model: nn.Module) -> dict[int, Tensor]:
+    return {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(model, computed)
 
 
 def raised_in(error: BaseException, torch_too: bool = False) -> nn.Module | None:

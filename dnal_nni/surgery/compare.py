@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DNALError
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded, twin
 from .changes import newly_baked
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest accepted max|gated - sliced| / max|gated|."""
+"""Largest accepted max|gated - sliced| / max|gated|, by the dtype of the comparison."""
 
-VALUES = 16  # that a batch norm averages over, at least, where sliced and gated are compared
+VALUES = 8  # that a batch norm averages over, at least, where sliced and gated are compared
+
+_AMPLIFIED = 10.0  # how much more than a moved input may rounding, in every layer, move the output
+_BLIND = 1e-4  # a network that moves by more than this for rounding alone could hide a wrong cut
 
 _Dropout = nn.modules.dropout._DropoutNd
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """How far a cut network is from the gated one.
+
+    Attributes:
+        absolute: max|gated - slim| over every tensor compared.
+        relative: the largest max|gated - slim| / max|gated| of a tensor.
+        equal: whether ``relative`` is within :data:`TOLERANCE`, or within what rounding does to the gated network.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    equal: bool = True
+
+    def __or__(self, other: Gap) -> Gap:
+        """The worst of both."""
+        worst = [max(pair) for pair in ((self.absolute, other.absolute), (self.relative, other.relative))]
+        return Gap(worst[0], worst[1], self.equal and other.equal)
 
 
 def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1) -> Any:
@@ -30,20 +56,14 @@ def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1) -> Any:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def convert(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            if x.dim() > 1:
-                x = torch.cat([x] * (max(3, times) if x.shape[0] == 1 else times))
-            if not x.is_floating_point():
-                return x
-            return torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device)
-        if isinstance(x, Mapping):
-            return {key: convert(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return tuple(convert(value) for value in x)
-        return x
+    def convert(x: Tensor) -> Tensor:
+        if x.dim() > 1:
+            x = torch.cat([x] * (max(3, times) if x.shape[0] == 1 else times))
+        if not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device)
 
-    return convert(dummy_input)
+    return map_tensors(convert, dummy_input)
 
 
 def difference(
@@ -52,7 +72,6 @@ def difference(
     inputs: Any,
     watch: Collection[str] = (),
     modes: Sequence[str] = ("eval", "train", "eval"),
-    returned: bool = True,
 ) -> tuple[float, float]:
     """(max|gated - slim|, the same / max|gated|) over every tensor returned, the worst of eval, train and eval again.
 
@@ -66,84 +85,138 @@ def difference(
         inputs: tensor, tuple of arguments or dict of keyword arguments.
         watch: paths of layers whose outputs are compared too. A detector may return nothing for random weights.
         modes: in this order.
-        returned: whether what the models return is compared, beside the watched layers.
     """
-    absolute = relative = 0.0
+    worst = Gap()
     for mode in modes:
-        before = [(buffer, buffer.clone()) for buffer in gated.buffers()] if mode == "train" else []
-        try:
-            expected, whole = _outputs(gated, inputs, watch, mode)
-        except FORWARD_ERRORS:
-            if mode == "eval":
-                raise
-            for buffer, value in before:  # the norms ahead of the failure have moved, and those of ``slim`` have not
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-            continue
-        got, still_whole = _outputs(slim, inputs, watch, mode)
-        if returned and len(expected) != len(got):
-            raise RuntimeError(f"the number of outputs changes from {len(expected)} to {len(got)}")
-        # a layer's other axes may be channels of their own (token mixing): its output is then another tensor
-        pairs = [(a, b) for a, b in zip(whole, still_whole) if a.shape == b.shape]
-        for a, b in [*(zip(expected, got) if returned else ()), *pairs]:
-            if a.shape != b.shape:
-                raise RuntimeError(f"the shape of an output changes from {tuple(a.shape)} to {tuple(b.shape)}")
-            gap, scale = _gap(a.detach().double(), b.detach().double())
-            absolute = max(absolute, gap)
-            relative = max(relative, gap / max(scale, 1e-12))
-    return absolute, relative
+        expected = _reference(gated, inputs, watch, mode)
+        if expected is not None:
+            worst |= _gap(expected, outputs(slim, inputs, watch, mode))
+    return worst.absolute, worst.relative
 
 
-def _gap(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """max|a - b| and max|a|, over what is finite; infinite where the rest differs, or where nothing is finite."""
-    if a.numel() == 0:
-        return 0.0, 0.0
-    finite = a.isfinite() & b.isfinite()
-    if not bool(finite.any()) or not bool((finite | (a == b) | (a.isnan() & b.isnan())).all()):
-        return float("inf"), 1.0
-    return float((a - b)[finite].abs().max()), float(a[finite].abs().max())
+class Comparison:
+    """Cut networks beside a gated one, in its dtype.
+
+    Args:
+        gated: the reference. Its mode and norm statistics change: pass a copy.
+
+    Attributes:
+        expected: what the gated network returned last, and what its watched layers did.
+    """
+
+    def __init__(self, gated: nn.Module) -> None:
+        self.gated = gated
+        self.expected: Outputs = ([], [])
+        self._dtype = floating_dtype(gated)
+        self._fewest = VALUES  # that a batch norm averages over, at least, counted in eval mode
+        for module in gated.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(self._count)
+
+    def _count(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._fewest = min(self._fewest, args[0].numel() // args[0].shape[1])
+
+    def gap(self, slim: nn.Module, inputs: Any, mode: str, watch: Collection[str] = (), returned: bool = True) -> Gap:
+        """Run both in one mode, see :func:`difference`.
+
+        The batch in train mode, which must follow eval mode, is made so large that every batch norm averages over
+        8 values or more: the statistics of two or three magnify rounding by many powers of ten.
+
+        Args:
+            slim: the cut network, in the dtype of the gated one.
+            inputs: see :func:`example_like`.
+            mode: "eval" or "train".
+            watch: paths of layers whose outputs are compared too.
+            returned: whether what the models return is compared, beside the watched layers.
+        """
+        batches = [inputs]
+        if mode == "eval":
+            self._fewest = VALUES
+        elif self._fewest < VALUES:
+            batches.insert(0, example_like(inputs, self._dtype, -(-VALUES // max(1, self._fewest))))
+        for batch in batches:  # a model may insist on its batch size
+            expected = _reference(self.gated, batch, watch, mode)
+            if expected is not None:
+                self.expected = expected
+                gap = _gap(expected, outputs(slim, batch, watch, mode), returned)
+                within = TOLERANCE.get(self._dtype, 5e-2)
+                equal = gap.relative <= within or gap.relative <= self._rounding(batch, watch, mode, returned)
+                return dataclasses.replace(gap, equal=equal)
+        return Gap()
+
+    def _rounding(self, inputs: Any, watch: Collection[str], mode: str, returned: bool) -> float:
+        """The gap that rounding explains, by what moving the input by a few units of it does to the gated network.
+
+        Many branches summed ahead of a norm, or statistics of few values, magnify it. Where it comes near to what a
+        wrong cut does, nothing is explained.
+        """
+        runs = []
+        for x in (inputs, _nudged(inputs)):
+            with unmoved(self.gated):
+                runs.append(outputs(self.gated, x, watch, mode))
+        explained = _AMPLIFIED * _gap(runs[0], runs[1], returned).relative
+        return explained if explained <= _BLIND else 0.0
+
+
+def _nudged(inputs: Any) -> Any:
+    """Inputs moved by four units of rounding, up or down."""
+    generator = torch.Generator().manual_seed(1)
+
+    def nudge(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        up = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
+        return x + x * up * 4 * torch.finfo(x.dtype).eps
+
+    return map_tensors(nudge, inputs)
 
 
 def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[float, float]:
     """Compare a cut network with the hard-gated one, in eval and train mode; both stay as they are.
 
     Returns:
-        the largest difference in the model's own dtype, and the same relative to the largest output, in float64 where
-        the model runs in it.
+        the largest difference between what the cut network returns in its own dtype and what the gated one does in the
+        dtype of the comparison (eval mode), and the largest relative difference in float64 (both modes), or in the
+        model's own dtype where it does not run in float64.
 
     Raises:
         DNALError: the cut network does not run, or computes something else.
     """
-    native = next(p.dtype for p in gated.parameters() if p.is_floating_point())
-    checks: dict[torch.dtype, tuple[float, float]] = {}
-    for dtype in dict.fromkeys((native, torch.float64)):
+    native = floating_dtype(gated)
+    inputs = example_like(dummy_input, native)
+    for dtype in dict.fromkeys((torch.float64, native)):
         try:
-            pair = clone(gated).to(dtype), clone(slim).to(dtype)
-            checks[dtype] = difference(*pair, conditioned_example(pair[0], dummy_input, dtype))
+            comparison = Comparison(in_dtype(gated, dtype))
+            cut, x = in_dtype(slim, dtype), map_tensors(partial(_converted, dtype=dtype), inputs)
+            gap = comparison.gap(cut, x, "eval")
+            returned = outputs(in_dtype(slim, native), inputs, (), "eval")
+            absolute = _gap(comparison.expected, returned).absolute
+            gap |= comparison.gap(cut, x, "train")
+            break
         except FORWARD_ERRORS as error:
             if dtype is native:
                 raise DNALError(f"the cut model does not run: {str(error).splitlines()[0]}") from error
-    best = torch.float64 if torch.float64 in checks else native
     # a computed weight that the cut made plain has been rounded to the model's dtype
-    exact = native if newly_baked(gated, slim) else best
-    if not checks[best][1] <= TOLERANCE.get(exact, 5e-2):
+    rounded = newly_baked(gated, slim) and gap.relative <= TOLERANCE.get(native, 5e-2)
+    if not gap.equal and not rounded:
         raise DNALError(
-            f"the cut model differs from the gated one by {checks[best][1]:.1e} of its output (in {best}): please "
+            f"the cut model differs from the gated one by {gap.relative:.1e} of its output (in {dtype}): please "
             "report the model; leaving layers out narrows it down"
         )
-    return checks[native][0], checks[best][1]
+    return absolute, gap.relative
 
 
-def _outputs(
-    model: nn.Module, inputs: Any, watch: Collection[str], mode: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What the model returns, and what the watched layers do."""
+Outputs = tuple[list[Tensor], list[Tensor]]  # what a model returns, and what the watched layers do
+
+
+def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str) -> Outputs:
+    """What a model returns in eval or train mode, without dropout, and what the watched layers do."""
     watched: list[Tensor] = []
     model.train(mode == "train")
     for child in model.modules():
         if isinstance(child, _Dropout):
             child.eval()
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if watch else {}
     handles = [
         modules[path].register_forward_hook(lambda module, args, out: watched.append(out))
         for path in watch
@@ -158,42 +231,67 @@ def _outputs(
     return returned, list(flatten_tensors(watched))
 
 
-def _runs(model: nn.Module, inputs: Any) -> bool:
+def _reference(gated: nn.Module, inputs: Any, watch: Collection[str], mode: str) -> Outputs | None:
+    """What a gated network returns; None where it does not run in train mode."""
+    if mode == "eval":
+        return outputs(gated, inputs, watch, mode)
     try:
-        with torch.no_grad():
-            call(clone(model).eval(), inputs)
+        with unmoved(gated, only_on_error=True):
+            return outputs(gated, inputs, watch, mode)
     except FORWARD_ERRORS:
-        return False
-    return True
+        return None  # the norms ahead of the failure have moved, and those of the cut network have not
 
 
-def conditioned_example(model: nn.Module, dummy_input: Any, dtype: torch.dtype) -> Any:
-    """:func:`example_like` with a batch so large that every batch norm of ``model`` averages over 16 values or more.
+@contextmanager
+def unmoved(model: nn.Module, only_on_error: bool = False) -> Iterator[None]:
+    """Put the buffers of a model back, in the end or after an error."""
+    kept = [(m, name, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+        moved = not only_on_error
+    except BaseException:
+        moved = True
+        raise
+    finally:
+        if moved:
+            for module, name, value in kept:
+                module._buffers[name] = value
 
-    The statistics of two or three values magnify rounding by many powers of ten. ``model`` is in ``dtype``.
-    """
-    example = example_like(dummy_input, dtype)
-    return _conditioned(model, [example], _fewest_values(model, example) or VALUES)[0]
+
+def _gap(expected: Outputs, got: Outputs, returned: bool = True) -> Gap:
+    if returned and len(expected[0]) != len(got[0]):
+        raise RuntimeError(f"the number of outputs changes from {len(expected[0])} to {len(got[0])}")
+    # a layer's other axes may be channels of their own (token mixing): its output is then another tensor
+    pairs = [(a, b) for a, b in zip(expected[1], got[1]) if a.shape == b.shape]
+    absolute = relative = 0.0
+    for a, b in [*(zip(expected[0], got[0]) if returned else ()), *pairs]:
+        if a.shape != b.shape:
+            raise RuntimeError(f"the shape of an output changes from {tuple(a.shape)} to {tuple(b.shape)}")
+        gap, scale = _distance(a.detach().double(), b.detach().double())
+        absolute = max(absolute, gap)
+        relative = max(relative, gap / max(scale, 1e-12))
+    return Gap(absolute, relative)
 
 
-def _conditioned(model: nn.Module, inputs: list[Any], fewest: int) -> list[Any]:
-    if fewest >= VALUES:
-        return inputs
-    dtype = next(t.dtype for x in inputs for t in flatten_tensors(x) if t.is_floating_point())
-    larger = [example_like(x, dtype, -(-VALUES // max(1, fewest))) for x in inputs]
-    return larger if all(_runs(model, x) for x in larger) else inputs
+def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """max|a - b| and max|a|, over what is finite; infinite where the rest differs, or where nothing is finite."""
+    if a.numel() == 0:
+        return 0.0, 0.0
+    finite = a.isfinite() & b.isfinite()
+    if not bool(finite.any()) or not bool((finite | (a == b) | (a.isnan() & b.isnan())).all()):
+        return float("inf"), 1.0
+    return float((a - b)[finite].abs().max()), float(a[finite].abs().max())
 
 
-def _fewest_values(model: nn.Module, inputs: Any) -> int | None:
-    """How many values a batch norm averages over, at least; None: the model does not take this input."""
-    fewest = VALUES
-    model = clone(model)
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating parameter."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
-    def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal fewest
-        fewest = min(fewest, args[0].numel() // args[0].shape[1])
 
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(look)
-    return fewest if _runs(model, inputs) else None
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with all floating tensors in ``dtype``; it shares no memory with ``model``."""
+    return twin(model, partial(_converted, dtype=dtype, copy=True)).to(dtype)
+
+
+def _converted(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    return x.to(dtype if x.is_floating_point() else x.dtype, copy=copy)

@@ -13,7 +13,7 @@ from ..modules.adapters import adapt
 from ..modules.bake import bake
 from ..modules.choices import Choice
 from ..modules.layers import Side, cut_tensor, layer_of
-from ..modules.running import clone
+from ..modules.running import twin
 from .changes import Changes, changes_of, set_changes
 from .inject import detach
 
@@ -30,7 +30,17 @@ def slim_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
         groups: its channel groups; frozen ones and those that ``keep`` does not name stay whole.
         keep: by group name, bool ``[channels]``: what stays.
     """
-    slim = clone(model)
+    slim = slim_twin(model, groups, keep)
+    shared = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for parameter in slim.parameters():
+        if parameter.untyped_storage().data_ptr() in shared:
+            parameter.data = parameter.detach().clone(memory_format=torch.preserve_format)
+    return slim
+
+
+def slim_twin(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
+    """:func:`slim_copy` whose parameters, where they lose nothing, share their memory with those of ``model``."""
+    slim = twin(model)
     detach(slim)
     adapt(slim)
     masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)

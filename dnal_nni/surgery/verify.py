@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..channels.groups import ChannelGroup
-from ..modules.gates import ScaledSigmoidGate
+from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.layers import Norm
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, raised_in
-from .compare import TOLERANCE, _conditioned, _fewest_values, difference, example_like
+from ..modules.running import FORWARD_ERRORS, clone, flatten_tensors, raised_in, twin
+from .compare import Comparison, example_like, in_dtype, outputs, unmoved
 from .inject import attach
-from .slim import Keep, slim_copy
+from .slim import Keep, slim_twin
 
 
 def whole_outputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[str]:
@@ -29,7 +30,7 @@ def whole_outputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[str]
 
 def _perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose norms and per-channel scales hide nothing: zero-initialised branches and tiny scales are moved."""
-    model = clone(model).to(dtype)
+    model = in_dtype(model, dtype)
     generator = torch.Generator().manual_seed(0)
 
     def noise(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def _perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def random_keep(groups: Sequence[ChannelGroup], fraction: float | None = 0.3, seed: int = 0) -> dict[str, Tensor]:
-    """For every group that is not frozen, some of its units dropped: at least one, and one kept.
+    """For every group that is not frozen, some of its units dropped: at least one, and not those that must stay.
 
     Args:
         groups: the channel groups.
@@ -59,8 +60,8 @@ def random_keep(groups: Sequence[ChannelGroup], fraction: float | None = 0.3, se
     for group in groups:
         if group.frozen is None:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {group.name}".encode()))
-            share = fraction if fraction is not None else float(0.1 + 0.6 * torch.rand((), generator=generator))
-            drop = min(max(1, round(share * group.channels)), group.channels - 1)
+            share = fraction if fraction is not None else float(0.2 + 0.6 * torch.rand((), generator=generator))
+            drop = min(max(1, round(share * group.channels)), group.channels - max(1, group.least))
             mask = torch.ones(group.channels, dtype=torch.bool)
             mask[torch.randperm(group.channels, generator=generator)[:drop]] = False
             keep[group.name] = mask
@@ -78,160 +79,312 @@ def hard_gated_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep
 
 
 def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> int:
-    """Slice copies and compare them with their hard-gated originals; what differs changes its gate site or is frozen.
+    """Slice the model and compare it with its hard-gated form; what differs changes its gate site or is frozen.
 
-    One comparison (on every input size tried) when all is well; otherwise groups are admitted one half at a time, each
-    together with all that were admitted before. What could not be compared within ``seconds`` is frozen.
+    One trial of all groups, with every input size and kind of mask, when all is well. Otherwise groups are admitted a
+    half at a time, each together with all that were admitted before, under what has failed alone; and a trial of all
+    that are left has the last word. What could not be compared within ``seconds`` is frozen.
 
     Args:
         model: the ungated model; it is not changed.
-        groups: their ``site`` and ``frozen`` are updated.
+        groups: their ``site``, ``least`` and ``frozen`` are updated.
         dummy_input: an example of what the model takes; its shapes are used.
         seconds: wall-clock limit of all comparisons together.
 
     Returns:
-        the number of comparisons made.
+        the number of trials made, of all groups or of some.
     """
     if all(group.frozen is not None for group in groups):
         return 0
     return _Verification(model, groups, dummy_input, seconds).run()
 
 
+class _TimeUp(BaseException):
+    """Not an Exception: a forward may catch those."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One comparison of a trial: on which inputs, in which mode; whether what the model returns is compared."""
+
+    inputs: Any
+    mode: str
+    returned: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """What went wrong: the masks and steps that led there, and the module that raised."""
+
+    keep: Keep
+    steps: Sequence[_Step]
+    reason: str
+    path: str | None = None
+
+    def concerns(self, group: ChannelGroup) -> bool:
+        return bool(self.path) and any(f"{m.path}.".startswith(f"{self.path}.") for m in group.members)
+
+
 class _Verification:
+    """The trials of one model: one gated form for all of them, and cut ones that share its parameters."""
+
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.seconds = seconds
-        self.groups = groups
-        self.model, self.inputs = _trial_form(model, dummy_input)
-        self.quick = min(self.inputs, key=_numel)
-        self.tolerance = TOLERANCE[next(p.dtype for p in self.model.parameters() if p.is_floating_point())]
-        self.chooses = _chooses(self.model, self.quick)
+        self.model, self.groups, self.seconds = model, groups, seconds
+        self.limit = self.deadline = time.monotonic() + seconds
+        self.thread = threading.get_ident()
         self.trials = 0
-        self.admitted: list[ChannelGroup] = []
+        self.dummy_input = dummy_input
+        self._take_form(torch.float64)
+
+    def _take_form(self, dtype: torch.dtype) -> None:
+        self.form, self.dtype = _perturbed(self.model, dtype), dtype
+        self.full = example_like(self.dummy_input, dtype)
+        self.others = _other_sizes(self.full)  # those that may do as a second size
+        self.comparison: Comparison | None = None
+
+    @property
+    def inputs(self) -> list[Any]:
+        """One size or two, the quickest first."""
+        return sorted([*self.others[:1], self.full], key=_numel)
+
+    @property
+    def active(self) -> list[ChannelGroup]:
+        return [g for g in self.groups if g.frozen is None]
 
     def run(self) -> int:
-        inputs = [self.quick]
-        while active := [g for g in self.groups if g.frozen is None]:
-            if self._trial(active, self.inputs) is None or self._late(active):
-                break
-            self.admitted = []
-            self._admit(active, inputs)
-            inputs = self.inputs  # what the quick one does not show, another may
+        hook = nn.modules.module.register_module_forward_pre_hook(self._look_at_the_clock)
+        try:
+            while active := self.active:
+                failure = self._trial(active)
+                if failure is None:
+                    break
+                if self._takes(failure.steps[-1].inputs):
+                    self._isolate(active, failure)
+        except _TimeUp:
+            self._too_late(self.active)
+        finally:
+            hook.remove()
         return self.trials
 
-    def _late(self, pending: Sequence[ChannelGroup]) -> bool:
-        late = time.monotonic() > self.deadline
-        for group in pending if late else ():
+    def _look_at_the_clock(self, module: nn.Module, args: Any) -> None:
+        if time.monotonic() > self.limit and threading.get_ident() == self.thread:
+            raise _TimeUp
+
+    def _too_late(self, groups: Sequence[ChannelGroup]) -> None:
+        for group in groups:
             group.frozen = f"not verified within verify_seconds={self.seconds:g}"
-        return late
 
-    def _admit(self, pending: list[ChannelGroup], inputs: Sequence[Any]) -> None:
-        if not pending or self._late(pending):
-            return
-        failure = self._trial(self.admitted + pending, inputs)
-        if failure is None:
-            self.admitted += pending
-            return
-        if len(pending) > 1:
-            suspects = [g for g in pending if failure.concerns(g)]
-            if suspects and len(suspects) < len(pending):
-                first = [g for g in pending if g not in suspects]
+    def _takes(self, inputs: Any) -> bool:
+        """Whether the model itself runs on these inputs; if not, others take their place."""
+        try:
+            outputs(twin(self.form), inputs, (), "eval")
+        except FORWARD_ERRORS:
+            if inputs is not self.full:
+                del self.others[0]
+            elif self.dtype is torch.float64:
+                self._take_form(torch.float32)
+            elif inputs is not self.dummy_input:
+                self.full, self.others = self.dummy_input, []
             else:
-                first, suspects = pending[: len(pending) // 2], pending[len(pending) // 2 :]
-            self._admit(first, inputs)
-            self._admit(suspects, inputs)
-            return
-        group = pending[0]
-        if group.site == "norm":
-            group.site = "input"
-            self._admit(pending, inputs)
-        else:
-            group.frozen = failure.reason
+                return True
+            return False
+        return True
 
-    def _trial(self, subset: Sequence[ChannelGroup], inputs: Sequence[Any]) -> _Failure | None:
-        """Compare with random masks; and in eval mode, on the quick input, with one unit left of every other group.
+    # -- trials -------------------------------------------------------------------------------------------------------
+
+    def _trial(self, active: Sequence[ChannelGroup]) -> _Failure | None:
+        """Compare with random masks; and in eval mode, on the quickest input, with one unit left of every other group.
 
         That unit is one that the random mask drops: of two units, each is then left alone once. The groups between are
         whole, so that what counts on equal numbers is found out. (In train mode the statistics of single channels
         magnify rounding beyond any tolerance.)
         """
         self.trials += 1
-        watch = whole_outputs(self.model, self.groups)
-        thorough, both = ["eval", "train", "eval"], ["eval", "train"]
-        usual = [(x, thorough if x is self.quick else both) for x in inputs]
-        random = random_keep(subset, None, self.trials)
-        alone = {name: torch.arange(len(keep)) == keep.long().argmin() for name, keep in random.items()}
-        extremes = [
-            {name: keep if i % 2 == parity else torch.ones_like(keep) for i, (name, keep) in enumerate(alone.items())}
-            for parity in range(min(2, len(alone)))
-        ]
-        compare_returned = not (self.chooses and watch)
-        for keep, runs in ((random, usual), *((extreme, [(self.quick, ["eval"])]) for extreme in extremes)):
-            everything = keep is random or compare_returned
-            gated = cut = self.model
-            try:
-                gated, cut = hard_gated_copy(self.model, subset, keep), slim_copy(self.model, subset, keep)
-                gap = max(difference(gated, cut, x, watch, modes, everything)[1] for x, modes in runs)
-            except FORWARD_ERRORS as error:
-                return _failure(error, (gated, cut))
-            if not gap <= self.tolerance:
-                return _Failure(f"removing channels would change the output by {gap:.1e} of its size", None)
+        random = random_keep(active, None, self.trials)
+        inputs = self.inputs
+        steps = [_Step(x, mode) for x in inputs for mode in ("eval", "train")]
+        if len(inputs) == 1:
+            steps.append(_Step(inputs[0], "eval"))  # with the statistics that training has left
+        failure = self._compare(active, random, steps)
+        alone = {g.name: _alone(random[g.name], max(1, g.least)) for g in active}
+        for parity in range(min(2, len(alone))):
+            if failure is not None:
+                return failure
+            keep = {
+                name: mask if i % 2 == parity else torch.ones_like(mask) for i, (name, mask) in enumerate(alone.items())
+            }
+            assert self.comparison is not None
+            # where scores tie, as nearly empty networks' do, rounding chooses labels and indices
+            chosen = any(not out.is_floating_point() for out in self.comparison.expected[0])
+            watched = bool(whole_outputs(self.form, self.groups))
+            failure = self._compare(active, keep, [_Step(inputs[0], "eval", not (chosen and watched))])
+        return failure
+
+    def _compare(self, groups: Sequence[ChannelGroup], keep: Keep, steps: Sequence[_Step]) -> _Failure | None:
+        """Run these steps with the masks ``keep`` of ``groups``, the other groups whole, up to the first failure."""
+        gated = cut = self.form
+        watch = whole_outputs(self.form, self.groups)
+        done: list[_Step] = []
+        try:
+            comparison = self._gated(groups, keep)
+            gated, cut = comparison.gated, slim_twin(self.form, groups, keep)
+            with unmoved(gated):
+                for step in steps:
+                    done.append(step)
+                    gap = comparison.gap(cut, step.inputs, step.mode, watch, step.returned)
+                    if not gap.equal:
+                        reason = f"removing channels would change the output by {gap.relative:.1e} of its size"
+                        return _Failure(keep, done, reason)
+        except FORWARD_ERRORS as error:
+            return _Failure(keep, done or steps[:1], *_explained(error, (gated, cut)))
         return None
 
+    def _gated(self, groups: Sequence[ChannelGroup], keep: Keep) -> Comparison:
+        """The gated form with these groups hard, the others transparent; made again where a gate has moved."""
+        if self.comparison is None or any(self.attached.get(g.name) != g.site for g in groups):
+            try:
+                self._attach(self.active)
+            except FORWARD_ERRORS:
+                self._attach(groups)
+        assert self.comparison is not None
+        for name, gate in self.gates.items():
+            if name in keep and any(g.name == name for g in groups):
+                gate.harden(keep[name])
+            else:
+                gate.state = GateState.TRANSPARENT
+        return self.comparison
 
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    reason: str
-    path: str | None  # the module that raised
+    def _attach(self, groups: Sequence[ChannelGroup]) -> None:
+        self.comparison = None
+        gated = twin(self.form)
+        self.gates = {g.name: ScaledSigmoidGate(g.channels) for g in groups}
+        attach(gated, groups, self.gates)
+        self.attached = {g.name: g.site for g in groups}
+        self.comparison = Comparison(gated)
 
-    def concerns(self, group: ChannelGroup) -> bool:
-        return bool(self.path) and any(f"{m.path}.".startswith(f"{self.path}.") for m in group.members)
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    def _isolate(self, active: Sequence[ChannelGroup], failure: _Failure) -> None:
+        """Admit groups as long as what has failed passes; the others change their gate site, or are frozen.
+
+        Part of the time is left for the trial of those admitted.
+        """
+        self.limit = time.monotonic() + 0.6 * (self.deadline - time.monotonic())
+        admitted: list[ChannelGroup] = []
+        try:
+            self._admit(active, failure, admitted)
+        except _TimeUp:
+            self._too_late([g for g in active if g.frozen is None and g not in admitted])
+        finally:
+            self.limit = self.deadline
+
+    def _admit(self, active: Sequence[ChannelGroup], failure: _Failure, admitted: list[ChannelGroup]) -> None:
+        last = failure.steps[-1]
+        for steps in ([step for step in failure.steps if step.inputs is last.inputs], failure.steps):
+            found = self._probe(active, dataclasses.replace(failure, steps=steps))
+            if found is not None:
+                break
+        else:  # it fails at times
+            found = failure
+            for group in active:
+                group.frozen = failure.reason
+            return
+        pending = [(list(active), found)]  # each fails beside those admitted
+        while pending:
+            pending.sort(key=lambda part: len(part[0]))
+            part, failure = pending.pop()
+            if len(part) == 1:
+                self._admit_one(part[0], failure, admitted)
+                continue
+            suspects = [g for g in part if failure.concerns(g)]
+            if not 0 < len(suspects) < len(part):
+                suspects = part[len(part) // 2 :]
+            others = [g for g in part if g not in suspects]
+            found = self._probe(admitted + others, failure)
+            if found is None:
+                admitted += others
+                pending.append((suspects, failure))
+            else:
+                pending.append((others, found))
+                found = self._probe(admitted + suspects, failure)
+                if found is None:
+                    admitted += suspects
+                else:
+                    pending.append((suspects, found))
+
+    def _admit_one(self, group: ChannelGroup, failure: _Failure, admitted: list[ChannelGroup]) -> None:
+        """Let the gate act where the channels are read; or two units stay where one alone fails; or freeze."""
+        site = group.site
+        if site == "norm":
+            group.site = "input"
+            found = self._probe([*admitted, group], failure)
+            if found is None:
+                admitted.append(group)
+                return
+            failure = found
+        if int(failure.keep[group.name].sum()) == 1 == group.least and group.channels > 2 and not group.choice:
+            group.site, group.least = site, 2
+            # of a size in the code, which other numbers of units do not fit either, two or three are no multiple
+            few = [_alone(~failure.keep[group.name], units) for units in (2, 3)]
+            tried = [dataclasses.replace(failure, keep={**failure.keep, group.name: left}) for left in few]
+            if all(self._probe([*admitted, group], instead) is None for instead in tried):
+                admitted.append(group)
+                return
+            group.site, group.least = "input" if site == "norm" else site, 1
+        group.frozen = failure.reason
+
+    def _probe(self, groups: Sequence[ChannelGroup], failure: _Failure) -> _Failure | None:
+        """Whether what failed fails for these groups."""
+        self.trials += 1
+        found = self._compare(groups, {g.name: failure.keep[g.name] for g in groups}, failure.steps)
+        return None if found is None else dataclasses.replace(found, keep=failure.keep)
 
 
-def _failure(error: BaseException, models: Sequence[nn.Module]) -> _Failure:
+def _alone(mask: Tensor, units: int) -> Tensor:
+    """The first units that ``mask`` drops; others where these are too few."""
+    left = torch.zeros_like(mask)
+    left[mask.long().argsort(stable=True)[:units]] = True
+    return left
+
+
+def _explained(error: BaseException, models: Sequence[nn.Module]) -> tuple[str, str | None]:
+    """The reason that an error gives, and the path of the module that raised it."""
     where = raised_in(error)
     what = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
     place = f" in {type(where).__name__}.forward" if where is not None else ""
     paths = [path for model in models for path, module in model.named_modules() if module is where]
     reason = f"the model does not run without some of its channels ({what}{place})"
-    return _Failure(reason, paths[0] if paths else None)
+    return reason, paths[0] if paths else None
 
 
-def _chooses(model: nn.Module, inputs: Any) -> bool:
-    """Whether labels or indices are returned: where scores tie, as nearly empty networks' do, rounding chooses them."""
-    try:
-        with torch.no_grad():
-            return any(not out.is_floating_point() for out in flatten_tensors(call(clone(model).eval(), inputs)))
-    except FORWARD_ERRORS:
-        return False
+def _other_sizes(inputs: Any) -> list[Any]:
+    """The same input in other sizes: somewhat smaller, then larger, or half as large in 3-D; none if it is no image."""
+    volumes = any(x.dim() > 4 for x in flatten_tensors(inputs))
+    return [x for scale in (_smaller, _half if volumes else _larger) if (x := _resized(inputs, scale)) is not None]
 
 
-def _other_size(inputs: Any) -> Any:
-    """The same input half as large in space, from 128 pixels on, or half as large again; None if it is no image."""
+def _smaller(n: int) -> int:
+    return n // 64 * 32 if n >= 128 else n * 3 // 32 * 8 if n >= 32 else n + n // 2
+
+
+def _half(n: int) -> int:
+    return -(-n // 2)
+
+
+def _larger(n: int) -> int:
+    return n + n // 2
+
+
+def _resized(inputs: Any, scale: Callable[[int], int]) -> Any:
     if isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs):
-        others = tuple(_other_size(x) for x in inputs)
+        others = tuple(_resized(x, scale) for x in inputs)
         return None if any(x is None for x in others) else others
     if not isinstance(inputs, Tensor) or inputs.dim() < 3 or not inputs.is_floating_point():
         return None
-    sizes = [n // 64 * 32 if n >= 128 else n + n // 2 for n in inputs.shape[2:]]
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn((*inputs.shape[:2], *sizes), generator=generator, dtype=inputs.dtype).to(inputs.device)
+    shape = (*inputs.shape[:2], *map(scale, inputs.shape[2:]))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=inputs.dtype).to(inputs.device)
 
 
 def _numel(inputs: Any) -> int:
     return sum(t.numel() for t in flatten_tensors(inputs))
 
-
-def _trial_form(model: nn.Module, dummy_input: Any) -> tuple[nn.Module, list[Any]]:
-    """The model and its inputs, one size or two, in float64, or in float32 where the model insists on it."""
-    for dtype in (torch.float64, torch.float32):
-        trial = _perturbed(model, dtype)
-        full = example_like(dummy_input, dtype)
-        other = _other_size(full)
-        fewest = None if other is None else _fewest_values(trial, other)
-        inputs = [full] if fewest is None else [full, other]
-        if fewest is None or _numel(other) > _numel(full):
-            fewest = _fewest_values(trial, full)
-        if fewest is not None:
-            return trial, _conditioned(trial, inputs, fewest)
-    return trial, [dummy_input]

@@ -127,8 +127,9 @@ def masks(groups: Sequence[ChannelGroup], how: str, start: int) -> dict[str, Ten
     keep = {}
     for group in groups:
         if group.frozen is None:
-            number = int(torch.randint(1, group.channels, (), generator=generator)) if group.channels > 1 else 1
-            number = {"single": 1, "all but one": max(1, group.channels - 1)}.get(how, number)
+            few, most = max(1, group.least), max(1, group.least, group.channels - 1)
+            number = int(torch.randint(few, most + 1, (), generator=generator))
+            number = {"single": few, "all but one": most}.get(how, number)
             order = torch.randperm(group.channels, generator=generator)
             keep[group.name] = torch.zeros(group.channels, dtype=torch.bool)
             keep[group.name][order[:number]] = True
