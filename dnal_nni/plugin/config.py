@@ -231,7 +231,8 @@ def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup], multiple
         n = group.channels
         widths = [len(m.channels) // n for m in group.members if m.side == "out" and not m.bare]
         step = multiple // math.gcd(multiple, *widths)
-        low = max(1, round((1 - setting.max_sparse_ratio) * n)) if setting.max_sparse_ratio else group.least
+        asked = max(1, round((1 - setting.max_sparse_ratio) * n)) if setting.max_sparse_ratio else 0
+        low = max(group.least, asked)
         high = max(1, round((1 - (setting.min_sparse_ratio or 0.0)) * n))
         multiples.append(step)
         least.append(min(n, step * math.ceil(low / step)))

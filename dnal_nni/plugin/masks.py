@@ -93,7 +93,10 @@ def speedup(
     for group in cuttable:
         if not bool(keep[group.name].any()):
             _leave_unread(masked, group)
-            keep[group.name][importance(dense, [group]).argmax()] = True
+        missing = group.least - int(keep[group.name].sum())
+        if missing > 0:
+            closed_units = importance(dense, [group]).masked_fill(keep[group.name], -1.0)
+            keep[group.name][closed_units.topk(missing).indices] = True
     reference = hard_gated_copy(masked, cuttable, keep)
     slim = slim_copy(reference, cuttable, keep)
     max_abs_diff, relative_diff = check_equal(reference, slim, dummy_input)

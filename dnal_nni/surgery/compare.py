@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 VALUES = 8  # that a batch norm averages over, at least, where sliced and gated are compared
 
 _AMPLIFIED = 10.0  # how much more than a moved input may rounding, in every layer, move the output
-_BLIND = 1e-4  # a network that moves by more than this for rounding alone could hide a wrong cut
+_BLIND = 1e-4  # no gap larger than this passes for rounding: it could hide a wrong cut
 
 _Dropout = nn.modules.dropout._DropoutNd
 
@@ -140,22 +140,21 @@ class Comparison:
                 self.expected = expected
                 gap = _gap(expected, outputs(slim, batch, watch, mode), returned)
                 within = TOLERANCE.get(self._dtype, 5e-2)
-                equal = gap.relative <= within or gap.relative <= self._rounding(batch, watch, mode, returned)
-                return dataclasses.replace(gap, equal=equal)
+                if within < gap.relative <= _BLIND:
+                    within = self._rounding(batch, watch, mode, returned)
+                return dataclasses.replace(gap, equal=gap.relative <= within)
         return Gap()
 
     def _rounding(self, inputs: Any, watch: Collection[str], mode: str, returned: bool) -> float:
         """The gap that rounding explains, by what moving the input by a few units of it does to the gated network.
 
-        Many branches summed ahead of a norm, or statistics of few values, magnify it. Where it comes near to what a
-        wrong cut does, nothing is explained.
+        Many branches summed ahead of a norm, or statistics of few values, magnify it.
         """
         runs = []
         for x in (inputs, _nudged(inputs)):
             with unmoved(self.gated):
                 runs.append(outputs(self.gated, x, watch, mode))
-        explained = _AMPLIFIED * _gap(runs[0], runs[1], returned).relative
-        return explained if explained <= _BLIND else 0.0
+        return _AMPLIFIED * _gap(runs[0], runs[1], returned).relative
 
 
 def _nudged(inputs: Any) -> Any:

@@ -364,7 +364,7 @@ def _other_sizes(inputs: Any) -> list[Any]:
 
 
 def _smaller(n: int) -> int:
-    return n // 64 * 32 if n >= 128 else n * 3 // 32 * 8 if n >= 32 else n + n // 2
+    return n // 64 * 32 if n >= 128 else n * 3 // 16 * 4 if n >= 16 else max(1, n - 1)
 
 
 def _half(n: int) -> int:

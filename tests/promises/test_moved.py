@@ -64,7 +64,7 @@ PUBLIC = {
     "trace": "Trace",
     "verify": (
         "TOLERANCE VALUES example_like difference check_equal whole_outputs random_keep hard_gated_copy "
-        "verify_and_freeze conditioned_example"
+        "verify_and_freeze"
     ),
 }
 
