@@ -55,8 +55,10 @@ class Report:
         groups: every channel group of the network.
         targets: the budget: by "flops", "params" or "latency", the fraction of the dense cost to keep.
         decided: fraction of the gates outside of [0.05, 0.95] at the end of the search, ahead of any threshold.
-        max_abs_diff: largest difference between hard-gated and sliced network (eval and train), in the model's dtype.
-        relative_diff: the same relative to the largest output, in float64 where the model runs in it.
+        max_abs_diff: largest difference between what the sliced network returns in its own dtype and what the
+            hard-gated one does in float64, in eval mode.
+        relative_diff: largest difference of the two relative to the largest output, in float64 where the model runs in
+            it, in eval and train mode.
         masked_diff: largest difference between NNI's masked model, which leaves the norms of masked channels on, and
             the cut one, in eval mode, relative to the largest output.
         seconds: what took how long, by name.
@@ -129,8 +131,8 @@ class Report:
             limits = [f"{value:.1%} of the {names.get(kind, kind)}" for kind, value in self.targets.items()]
             facts.append(f"target: {', '.join(limits)}")
         if self.max_abs_diff is not None:
-            exact = "" if self.relative_diff is None else f"; relative, in float64: {self.relative_diff:.1e}"
-            facts.append(f"largest difference of gated and cut network, eval and train: {self.max_abs_diff:.1e}{exact}")
+            exact = "" if self.relative_diff is None else f"; relative, in float64, eval and train: {self.relative_diff:.1e}"
+            facts.append(f"largest difference of gated and cut network: {self.max_abs_diff:.1e}{exact}")
         if self.masked_diff is not None:
             facts.append(f"of masked and cut network, relative: {self.masked_diff:.1e} (masks leave norms' biases on)")
         if self.after.uncounted:
