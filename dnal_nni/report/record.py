@@ -131,7 +131,7 @@ class Report:
             limits = [f"{value:.1%} of the {names.get(kind, kind)}" for kind, value in self.targets.items()]
             facts.append(f"target: {', '.join(limits)}")
         if self.max_abs_diff is not None:
-            exact = "" if self.relative_diff is None else f"; relative, in float64, eval and train: {self.relative_diff:.1e}"
+            exact = "" if self.relative_diff is None else f"; relative (float64, both modes): {self.relative_diff:.1e}"
             facts.append(f"largest difference of gated and cut network: {self.max_abs_diff:.1e}{exact}")
         if self.masked_diff is not None:
             facts.append(f"of masked and cut network, relative: {self.masked_diff:.1e} (masks leave norms' biases on)")
