@@ -28,6 +28,9 @@ def measured_cut(
     what is within OVER of the budget, or of what is not, that below it is preferred to what is nearer.
 
     Args:
+        objective: costs and limits.
+        s: what the units are worth, ``[units]``.
+        floor: units that each group keeps at least.
         measure: what the network costs that keeps some units.
     """
     target = float(objective.targets[0])
@@ -55,6 +58,9 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     closes it, or blocks that change places.
 
     Args:
+        objective: costs and limits.
+        s: what the units are worth, ``[units]``.
+        floor: units that each group keeps at least.
         target: fraction of the dense cost, instead of the budget's own (to correct for what the model cannot see).
     """
     s = s.detach().double().cpu()
