@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import DNALError
 from ..modules.adapters import adapt
@@ -236,7 +237,7 @@ def _uncuttable(model: nn.Module, path: str) -> str | None:
     module = model.get_submodule(path)
     if isinstance(module, Norm) and parametrize.is_parametrized(module):
         return f"the affine of {path} is computed from other tensors (parametrized)"
-    stateful = any(hasattr(hook, "do_power_method") for hook in module._forward_pre_hooks.values())
+    stateful = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
     if parametrize.is_parametrized(module):
         stateful = next(module.get_submodule("parametrizations").buffers(), None) is not None
     if stateful:
@@ -267,6 +268,8 @@ def _make_group(
         union = frozenset().union(*(site for site in sites if site is not None))
         norms = tuple(m.path for m in members if m.path in union and m.side == "both")
     reason = next((frozen[u] for u in units if u in frozen), None)
+    if len(root.units) == 1:
+        reason = "it has a single channel"
     if reason is None and not sites:
         reason = "no layer reads its output"
     if reason is None and len(units) < 2:

@@ -49,12 +49,11 @@ class Trace(TorchDispatchMode):
         self._layers = {name: layer for name, module in model.named_modules() if (layer := layer_of(module))}
         self._tensors: dict[int, str] = {}
         self._tied: set[str] = set()
-        for name, tensor in [
-            *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
-        ]:
-            if id(tensor) in self._tensors:
-                self._tied |= {name, self._tensors[id(tensor)]}
-            self._tensors.setdefault(id(tensor), name)
+        for path, module in model.named_modules():  # each once, under the first of its names
+            for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
+                if id(tensor) in self._tensors:
+                    self._tied |= {name, self._tensors[id(tensor)]}
+                self._tensors.setdefault(id(tensor), name)
         self._leaf_labels: dict[int, Labels | None] = {}
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ class Trace(TorchDispatchMode):
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor
     ) -> None:
         width, axis = layer.widths(module)["both"], layer.input_axis(module) % x.dim()
-        if isinstance(module, (nn.LayerNorm, RMSNorm)):
+        if isinstance(module, (nn.LayerNorm, RMSNorm)) and not hasattr(module, "axis"):
             axis = self._normalised_axis(x, labels, width)
         self.channel_dims[path] = axis - x.dim()
         vertex = self.graph.vertex(path, "both", width)

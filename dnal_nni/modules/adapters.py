@@ -13,6 +13,7 @@ from .attention import (
     SlimShiftedWindowAttention,
     SlimShiftedWindowAttentionV2,
 )
+from .norms import recognise
 
 _ORIGINAL = "_dnal_original_class"
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -44,18 +45,26 @@ def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) ->
 
 
 def adapt(model: nn.Module, *, revertible: bool = False) -> None:
-    """Give the modules of ``model`` their replacement classes, in place; parameters stay the same objects."""
+    """Give the modules of ``model`` their replacement classes, in place; parameters stay the same objects.
+
+    Norms under other names (:mod:`dnal_nni.modules.norms`) become what they compute.
+    """
     for module in model.modules():
-        replacement = _REPLACEMENTS.get(type(module))
+        known = _REPLACEMENTS.get(type(module))
+        replacement, attributes = (known, {}) if known is not None else recognise(module) or (None, {})
         if replacement is not None:
             if revertible:
-                module.__dict__[_ORIGINAL] = type(module)
+                before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+                vars(module)[_ORIGINAL] = type(module), list(attributes), before
+            vars(module).update(attributes)
             module.__class__ = replacement
 
 
 def restore(model: nn.Module) -> None:
     """Undo a revertible :func:`adapt`."""
     for module in model.modules():
-        original = module.__dict__.pop(_ORIGINAL, None)
-        if original is not None:
-            module.__class__ = original
+        if _ORIGINAL in vars(module):
+            module.__class__, added, before = vars(module).pop(_ORIGINAL)
+            for name in added:
+                del vars(module)[name]
+            vars(module).update(before)

@@ -1,7 +1,8 @@
 """Layers whose weight is computed from other tensors: made plain ahead of a cut, since a cut changes the computation.
 
 Weight standardisation takes mean and variance over the input channels, ``weight_norm`` the norm over them. The gated
-network computes with the whole filter; the cut network keeps exactly those values as an ordinary weight.
+network computes with the whole filter; the cut network keeps exactly those values as an ordinary weight. Masks of
+``torch.nn.utils.prune`` become zeros in it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +52,7 @@ def bake(module: nn.Module) -> bool:
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, WeightNorm):  # torch.nn.utils.weight_norm
+        if isinstance(hook, (WeightNorm, BasePruningMethod)):  # torch.nn.utils.weight_norm, torch.nn.utils.prune
             baked = True
             hook.remove(module)
             del module._forward_pre_hooks[key]

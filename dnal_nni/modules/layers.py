@@ -233,6 +233,9 @@ class _GroupNorm(Layer):
 
 
 class _LayerNorm(Layer):
+    def input_axis(self, module: Any) -> int:
+        return int(getattr(module, "axis", self.axis))
+
     def reads(self, module: Any) -> bool:
         return len(module.normalized_shape) == 1
 

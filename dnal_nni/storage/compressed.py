@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DNALError
-from ..modules.adapters import adapt
+from ..modules.adapters import adapt, restore
 from ..modules.bake import bake
 from ..modules.choices import Choice
 from ..modules.layers import Layer, layer_of
@@ -103,7 +103,11 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     own = _own_tensors(planned, path, changes)
     _check_tensors(path, own, tensors, aliases)
     modules = dict(planned.named_modules(remove_duplicate=False))
-    _check_sizes(dict(planned.named_modules()), path, sizes, tensors)
+    adapt(planned, revertible=True)  # the layers that the cut network has
+    try:
+        _check_sizes(dict(planned.named_modules()), path, sizes, tensors)
+    finally:
+        restore(planned)
     stored = _check_stored(modules, path, changes.stored)
     try:
         for name in own:
@@ -158,8 +162,7 @@ def _own_tensors(model: nn.Module, path: Any, changes: Changes) -> dict[str, Ten
         own |= {name: model.get_buffer(name) for name in changes.unsaved}
         for layer in changes.baked:
             module = clone(model.get_submodule(layer))
-            if not bake(module):
-                raise DNALError(f"{path} does not fit the model: {layer} has no computed weight")
+            bake(module)  # or it is plain already, as a model without the masks of torch.nn.utils.prune
             own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{layer}.")}
             own |= module.state_dict(prefix=f"{layer}.", keep_vars=True)
     except FORWARD_ERRORS as error:

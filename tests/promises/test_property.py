@@ -474,6 +474,8 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
         Program((C, op("tokens"), op("positions"), op("mlp"))),
         ["conv0.conv", "positions2.table"],
     ),
+    "a module under two names": (Program((C, op("two_names"), LAST)), ["conv0.conv", "two_names1.conv"]),
+    "a layer norm by hand": (Program((C, op("own_norm"), LAST)), FIRST),
     "an LSTM reads it": (Program((C, op("read"), op("linear"))), FIRST),
     "a bidirectional GRU reads it": (Program((C, op("read", form=nn.GRU, both=True), op("linear"))), FIRST),
     "deformable": (Program((C, op("deformable"), op("norm"), LAST)), ["conv0.conv", "deformable1.conv"]),

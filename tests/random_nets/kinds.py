@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .layers import SOME, WIDTHS
-from .program import Made, Value, ingredient
+from .program import CONV, Made, Value, ingredient
 
 
 class Positions(nn.Module):
@@ -68,3 +68,38 @@ class Deformable(nn.Module):
 @ingredient(width=WIDTHS)
 def deformable(x: Value, *, width: int = 8) -> Made:
     return Deformable(x.channels, width) if x.dims == 2 else None
+
+
+class TwoNames(nn.Module):
+    """One convolution under two names (nnU-Net), and once more in a container."""
+
+    def __init__(self, channels: int, dims: int) -> None:
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, padding=1)
+        self.stages = nn.Sequential(self.conv, nn.ReLU(), self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(x)
+
+
+@ingredient()
+def two_names(x: Value) -> Made:
+    return TwoNames(x.channels, x.dims) if x.dims else None
+
+
+class OwnNorm(nn.Module):
+    """A layer norm over channels, written by hand."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        line = [-1, *[1] * (x.dim() - 2)]
+        return self.weight.view(line) * x + self.bias.view(line)
+
+
+@ingredient()
+def own_norm(x: Value) -> Made:
+    return OwnNorm(x.channels) if x.dims == 2 else None

@@ -238,7 +238,6 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         swap(changes={"choices": {"fc": [1, 0]}, "baked": [], "stored": {}}), "fc is no choice among 2"
     ),
     "a layer to bake": (swap(changes={"baked": ["nope"], "stored": {}}), "does not fit the model: .*nope"),
-    "a plain layer to bake": (swap(changes={"baked": ["conv1"], "stored": {}}), "conv1 has no computed weight"),
     "baked numbers": (swap(changes={"baked": [1], "stored": {}}), "'baked' in its header"),
     "a number of nothing": (swap(changes={"baked": [], "stored": {"nope.x": 1}}), "it has no nope.x"),
     "a flag to store": (swap(changes={"baked": [], "stored": {"training": 1}}), "training is 1, the model's is True"),

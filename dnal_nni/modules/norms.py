@@ -1,0 +1,111 @@
+"""Layer and RMS norms under other names: modules that compute one, whatever their code calls it.
+
+ConvNeXt as its authors publish it has a ``LayerNorm`` of its own, transformers an RMS norm for every family. What such
+a module computes is found out by running it; gated and cut, it runs as the norm that it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import RMSNorm
+from .running import FORWARD_ERRORS
+
+_EPS = (1e-6, 1e-5, 1e-8, 1e-12, 1e-3)  # that a forward may have in its code
+_TOLERANCE = 2e-6  # some compute in float32; of outputs of size 1, and inputs so small that 1e-6 and 1e-5 differ
+
+
+class ChannelNorm(nn.LayerNorm):
+    """A layer norm over the dimension ``axis``, of as many channels as it has weights."""
+
+    axis: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` normalised along ``axis``; same shape and dtype."""
+        y = F.layer_norm(x.movedim(self.axis, -1), self.weight.shape, self.weight, self.bias, self.eps)
+        return y.movedim(-1, self.axis)
+
+
+class ChannelRMSNorm(RMSNorm if RMSNorm else nn.Module):  # type: ignore[misc]
+    """An RMS norm over the dimension ``axis``, of as many channels as it has weights."""
+
+    axis: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` divided by its root mean square along ``axis``, in float32 or more; same shape and dtype."""
+        y = x.movedim(self.axis, -1)
+        wide = y if y.dtype == torch.float64 else y.float()
+        wide = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (self.weight * wide.to(x.dtype)).movedim(-1, self.axis)
+
+
+def recognise(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | None:
+    """The norm that a module computes, and what it needs beside its parameters; None where it is none.
+
+    Asked of modules of other classes than torch's that have a weight ``[C]``, perhaps a bias ``[C]``, and nothing else.
+    """
+    tensors = {**module._parameters, **module._buffers}
+    weight = tensors.get("weight")
+    if (
+        type(module).__module__.startswith("torch.")
+        or weight is None
+        or weight.dim() != 1
+        or len(weight) < 3
+        or weight.is_meta
+        or not tensors.keys() <= {"weight", "bias"}
+        or any(t is not None and t.shape != weight.shape for t in tensors.values())
+        or module._modules
+    ):
+        return None
+    channels = len(weight)
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        name: torch.randn(channels, generator=generator, dtype=torch.float64).to(t.device)
+        for name, t in tensors.items()
+        if t is not None
+    }
+    for axis, shape in ((-1, (2, 1, 2, channels)), (1, (2, channels, 1, 2))):
+        x = 1e-2 * (torch.randn(shape, generator=generator, dtype=torch.float64) + 1).to(weight.device)
+        try:
+            found = _matches(module, x, axis, values)
+        except FORWARD_ERRORS:
+            continue
+        if found is not None:
+            kind, eps = found
+            missing = {"bias": None} if kind is ChannelNorm and "bias" not in tensors else {}
+            return kind, {"axis": axis, "eps": eps, "normalized_shape": (channels,), **missing}
+    return None
+
+
+def _matches(
+    module: nn.Module, x: Tensor, axis: int, values: dict[str, Tensor]
+) -> tuple[type[nn.Module], float] | None:
+    with torch.no_grad():
+        got = torch.func.functional_call(_Bare(module), {f"module.{name}": v for name, v in values.items()}, (x,))
+    if not isinstance(got, Tensor) or got.shape != x.shape:
+        return None
+    y, weight, bias = x.movedim(axis, -1), values["weight"], values.get("bias")
+    for eps in dict.fromkeys((*(v for v in vars(module).values() if isinstance(v, float) and 0 < v < 0.1), *_EPS)):
+        layer = F.layer_norm(y, weight.shape, weight, bias, eps)
+        square = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        for kind, expected in ((ChannelNorm, layer), (ChannelRMSNorm, square)):
+            if kind is ChannelRMSNorm and (bias is not None or not RMSNorm):
+                continue
+            if bool(((got - expected.movedim(-1, axis)).abs() <= _TOLERANCE).all()):
+                return kind, eps
+    return None
+
+
+class _Bare(nn.Module):
+    """A module's forward without its hooks, with other parameters (by functional_call)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return type(self.module).forward(self.module, x)
