@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -16,10 +18,14 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import DNALError, told
+from ..progress import logger
+from ..report.record import Report
 from ..report.tables import compared
 from ..storage.reports import REPORT, read_report
 from ..storage.whole import write_whole
-from .settings import Inspecting, Settings
+from .settings import LIMITS, Inspecting, Settings
+
+COMPARISON = "compared.html"
 
 _INSPECT = """\
 TARGET is a function without arguments that returns the network, or the network itself, in a module that Python can
@@ -65,6 +71,10 @@ have. Every option may stand in a file instead (JSON, or TOML from Python 3.11 o
 it:
 
   $ dnal compress --config half.json --flops 0.4 --out runs/less
+
+Of several numbers there is a run for each, in runs/0.7, runs/0.5 and runs/0.35, and a page of all, runs/compared.html:
+
+  $ dnal compress --config half.json --flops 0.7 0.5 0.35 --out runs
 """
 _REPORT = """\
   $ dnal report runs/half                              the table
@@ -117,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = add("compare", "runs side by side", "Show any number of runs side by side.", _COMPARE)
     compare.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="as for dnal report")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write a page instead, with accuracy by FLOPs")
     return parser
 
 
@@ -147,16 +158,48 @@ def _inspect(arguments: argparse.Namespace) -> str:
 def _compress(arguments: argparse.Namespace) -> str:
     given = _given(arguments)
     options = _config(arguments.config) if arguments.config is not None else {}
-    limits = ("flops", "params", "latency")
-    if any(name in given for name in limits):  # instead of all limits in the file
-        options = {name: value for name, value in options.items() if name not in limits}
-    settings = Settings.of(options | given, "compress")
+    if any(name in given for name in LIMITS):  # instead of all limits in the file
+        options = {name: value for name, value in options.items() if name not in LIMITS}
+    runs = _runs(options | given)
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from .run import NETWORK, PAGE, compress
 
-    report = compress(settings, shlex.join(["dnal", *arguments.words]))
-    if arguments.json:
-        return report.to_json()
-    return f"{report}\n\nwritten: {', '.join(str(settings.out / name) for name in (NETWORK, REPORT, PAGE))}"
+    logger.setLevel(logging.INFO)
+    with logging_redirect_tqdm([logger]):  # to stderr, above the bars
+        reports = [compress(settings, shlex.join(["dnal", *arguments.words])) for settings in runs]
+    if len(runs) == 1:
+        written = [runs[0].out / name for name in (NETWORK, REPORT, PAGE)]
+        shown = reports[0].to_json() if arguments.json else str(reports[0])
+    else:
+        names, page = [settings.out.name for settings in runs], runs[0].out.parent / COMPARISON
+        _write_comparison(page, names, reports)
+        written = [*(settings.out for settings in runs), page]
+        shown = _as_json(names, reports) if arguments.json else compared(names, reports)
+    return shown if arguments.json else f"{shown}\n\nwritten: {', '.join(map(str, written))}"
+
+
+def _runs(options: dict[str, Any]) -> list[Settings]:
+    """What is to be done: a run, or for several numbers of one limit, a run each in a folder of its name."""
+    lists = {name: options[name] for name in LIMITS if isinstance(options.get(name), list)}
+    settings = Settings.of(options | {name: next(iter(values), "") for name, values in lists.items()}, "compress")
+    several = [name for name, values in lists.items() if len(values) > 1]
+    if not several:
+        return [settings]
+    if len(several) > 1:
+        raise DNALError(f"--{several[0]} and --{several[1]} have several numbers each: give one of them a single one")
+    values = dict.fromkeys(lists[several[0]])
+    return [dataclasses.replace(settings, **{several[0]: v, "out": settings.out / str(v)}) for v in values]
+
+
+def _write_comparison(path: Path, names: Sequence[str], reports: Sequence[Report]) -> None:
+    from ..report.page import comparison
+
+    write_whole(path, lambda temporary: temporary.write_text(comparison(names, reports)))
+
+
+def _as_json(names: Sequence[str], reports: Sequence[Report]) -> str:
+    return json.dumps({name: report.to_dict() for name, report in zip(names, reports)}, indent=2)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -181,9 +224,10 @@ def _report(arguments: argparse.Namespace) -> str:
 
 def _compare(arguments: argparse.Namespace) -> str:
     names, reports = [str(path) for path in arguments.paths], [read_report(path) for path in arguments.paths]
-    if arguments.json:
-        return json.dumps({name: report.to_dict() for name, report in zip(names, reports)}, indent=2)
-    return compared(names, reports)
+    if arguments.html is not None:
+        _write_comparison(arguments.html, names, reports)
+        return f"written: {arguments.html}"
+    return _as_json(names, reports) if arguments.json else compared(names, reports)
 
 
 _COMMANDS = {"inspect": _inspect, "compress": _compress, "report": _report, "compare": _compare}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import math
@@ -26,6 +27,7 @@ from ..cost.latency import latencies
 from ..errors import DNALError, told
 from ..modules.layers import mixing
 from ..modules.running import FORWARD_ERRORS
+from ..progress import logger, phase
 from ..report.record import Report
 from ..storage.compressed import load_compressed, save_compressed
 from ..storage.reports import REPORT, read_report
@@ -70,6 +72,7 @@ def compress(settings: Settings, command: str | None = None) -> Report:
     state = load_state(out / CHECKPOINT) if (out / CHECKPOINT).exists() else None
     if state is not None:
         _check_same(settings, state["settings"], out / CHECKPOINT)
+    logger.info("%s: at the beginning" if state is None else "%s: taken up where it was left", out)
     run = _Run(settings, state)
     report = run.finetune(*run.search())
     report.command, report.settings, report.notes = command, settings.to_dict(), [*report.notes, *run.notes]
@@ -108,6 +111,13 @@ class _Run:
         seed_everything(settings.seed)
         with told(f"{settings.data} cannot be used"):
             self.train, self.test, self.notes = loaders(settings)
+        if settings.keep_best and self.test is None:
+            raise DNALError("--keep-best needs data to test on, and there are none")
+        if settings.weights is None:
+            said = f"no --weights were given: {settings.model} starts with its own, random ones unless it loads some"
+            self.notes.append(said)
+        for note in self.notes:
+            logger.warning(note)
         self.dummy_input = self._example()
 
     def _example(self) -> Tensor:
@@ -155,14 +165,15 @@ class _Run:
         return outputs
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float | None:
+    def accuracy(self, model: nn.Module, bar: bool = True) -> float | None:
         """Top-1 in per cent, or None without data to test on."""
         if self.test is None:
             return None
         model.eval()
         right = total = 0
         batches = each(self.test, self.settings.data)
-        for inputs, labels in tqdm(batches, desc="test", total=len(self.test), unit="batch", leave=False):
+        shown = tqdm(batches, desc="test", total=len(self.test), unit="batch", leave=False, disable=not bar)
+        for inputs, labels in shown:
             inputs, labels = inputs.to(self.device), labels.to(self.device)
             right += int((self.scores(model, inputs, labels).argmax(1) == labels).sum())
             total += len(labels)
@@ -181,12 +192,17 @@ class _Run:
         optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4)
         kinds = {type(m).__name__ for m in model.modules() if mixing(m)}
         config = [{"op_types": sorted(kinds)}]
-        pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=settings.budget())
+        with phase("finding and proving what can be cut"):
+            pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=settings.budget())
         if state["epoch"] > 0:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             pruner.load_state_dict(state["pruner"])
         seconds = state["seconds"]
+        logger.info(
+            "searching: cost is the network's, every channel counted by its gate, as a fraction of the dense one's; "
+            "delta is how sharp the gates are: 0/1 at the end"
+        )
         with pruner.search(settings.search_epochs * len(self.train), optimizer=optimizer) as search:
             for epoch in range(state["epoch"], settings.search_epochs):
                 start = time.perf_counter()
@@ -206,13 +222,16 @@ class _Run:
         return self.cut(pruner, before, seconds), 0.0
 
     def cut(self, pruner: DNALPruner, before: float | None, seconds: float) -> Report:
-        self.slim = pruner.speedup()
-        update_bn(itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES), self.slim)
+        with phase("cutting, and comparing with the gated network"):
+            self.slim = pruner.speedup()
+        with phase("estimating the norms' statistics anew"):
+            update_bn(itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES), self.slim)
         report = pruner.report
         report.seconds["search"] = seconds
         pruner.unwrap_model()  # the dense network as it was
         networks = [pruner.bound_model, self.slim]
-        dense_ms, slim_ms = latencies(networks, self.dummy_input)
+        with phase("measuring the latency"):
+            dense_ms, slim_ms = latencies(networks, self.dummy_input)
         report.latency_ms = (dense_ms, slim_ms)
         dense_bytes, slim_bytes = (sum(t.nbytes for t in network.state_dict().values()) for network in networks)
         report.file_bytes = (dense_bytes, slim_bytes)
@@ -230,10 +249,12 @@ class _Run:
         steps = settings.epochs * len(self.train)
         schedule = OneCycleLR(optimizer, settings.finetune_lr, steps + 1, pct_start=WARM_UP, cycle_momentum=False)
         done = state["epoch"] if "schedule" in state else 0  # version 0.1 kept none: fine-tuning begins anew
+        best: dict[str, Any] | None = None
         if done > 0:
             slim.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
+            best = state["best"]
         bar = tqdm(total=steps, initial=done * len(self.train), desc="fine-tune", unit="step")
         with contextlib.closing(bar):
             for epoch in range(done, settings.epochs):
@@ -251,6 +272,10 @@ class _Run:
                         f"the loss is nan or infinite in epoch {epoch + 1} of fine-tuning: lower --finetune-lr; "
                         f"{settings.out / CHECKPOINT} is of the epoch before"
                     )
+                if settings.keep_best:
+                    accuracy = self.accuracy(slim, bar=False)
+                    if best is None or accuracy > best["accuracy"]:
+                        best = {"epoch": epoch + 1, "accuracy": accuracy, "model": copy.deepcopy(slim.state_dict())}
                 seconds += time.perf_counter() - start
                 self.save(
                     stage="finetune",
@@ -259,7 +284,14 @@ class _Run:
                     model=slim.state_dict(),
                     optimizer=optimizer.state_dict(),
                     schedule=schedule.state_dict(),
+                    best=best,
                 )
+        if best is not None:
+            slim.load_state_dict(best["model"])
+            self.notes.append(
+                f"of {settings.epochs} epochs of fine-tuning the best was kept, {best['epoch']}: best on the data that "
+                "the accuracy is of, which flatters it"
+            )
         report.seconds["finetune"] = seconds
         after = self.accuracy(slim)
         if report.accuracy is not None and after is not None:

@@ -50,6 +50,7 @@ def several(entry: Kind, said: str) -> Kind:
     return Kind(lambda text: tuple(map(entry.read, text.split(","))), right, said, entry)
 
 
+LIMITS = ("flops", "params", "latency")  # of which a command may have several numbers
 NUMBER = Kind(float, lambda x: _is_number(x) and x > 0, "a number above 0")
 LIMIT = NUMBER._replace(said="a number above 0: up to 1 the fraction to keep, above 1 how many")
 SHAPE = several(whole(1), "whole numbers, for example 1,3,224,224")
@@ -110,7 +111,7 @@ class Options:
                 if field.default is not None and field.default is not dataclasses.MISSING:
                     default = field.default if isinstance(field.default, tuple) else (field.default,)
                     help += f" ({','.join(map(str, default))})"
-            name = field.name if "nargs" in argument else _shown(field)
+            name = field.name if argument.get("nargs") == "?" else _shown(field)
             parser.add_argument(name, default=argparse.SUPPRESS, help=help, **argument)
 
     @classmethod
@@ -152,14 +153,17 @@ class Settings(Options):
 
     data: str = option(NAME, "a folder of images by class, or package.module:function for loaders", metavar="DATA")
     out: Path = option(FILE, "folder for the results; made if need be", metavar="DIR")
-    flops: float | None = option(LIMIT, "FLOPs to keep: up to 1 a fraction, above 1 a number", None, "F")
-    params: float | None = option(LIMIT, "parameters to keep, likewise; of several limits, all hold", None, "F")
-    latency: float | None = option(LIMIT, "milliseconds of one input to keep, likewise", None, "MS")
+    flops: float | None = option(
+        LIMIT, "FLOPs to keep: up to 1 a fraction, above 1 a number; if several, a run for each", None, "F", nargs="+"
+    )
+    params: float | None = option(LIMIT, "parameters to keep; of several options, all hold", None, "F", nargs="+")
+    latency: float | None = option(LIMIT, "milliseconds of one input to keep", None, "MS", nargs="+")
     input: tuple[int, ...] | None = option(SHAPE, "a folder's images get this size (1,3,224,224)", None, "SHAPE")
     search_epochs: int = option(whole(1), "epochs of the search, in which the weights learn too", 3)
     epochs: int = option(whole(0), "epochs of fine-tuning", 10)
     lr: float = option(NUMBER, "learning rate of the weights in the search", 0.01, "LR")
     finetune_lr: float = option(NUMBER, "highest learning rate of fine-tuning", 0.01, "LR")
+    keep_best: bool = option(FLAG, "keep the epoch of fine-tuning that tests best, not the last", False)
     batch_size: int = option(whole(1), "of a folder's images", 64)
     workers: int = option(whole(0), "processes that load a folder's images", 0)
     mean: tuple[float, ...] = option(

@@ -35,8 +35,8 @@ class _Axes:
     def figure(self, title: str, note: str, inside: Markup) -> Markup:
         """``inside`` with its axes, and below it what it shows."""
         ends = [_text(_LEFT - 6, _TOP + 6, "end", self.words[1]), _text(_LEFT - 6, _BOTTOM, "end", self.words[0])]
-        ends += [_text(_LEFT, _BOTTOM + 18, "middle", f"{self.across[0]:g}")]
-        ends += [_text(_RIGHT, _BOTTOM + 18, "end", f"{self.across[1]:g}")]
+        ends += [_text(_LEFT, _BOTTOM + 18, "middle", f"{self.across[0]:.4g}")]
+        ends += [_text(_RIGHT, _BOTTOM + 18, "end", f"{self.across[1]:.4g}")]
         ends += [_text((_LEFT + _RIGHT) / 2, _BOTTOM + 30, "middle", self.name)]
         return Markup(
             '<figure><figcaption>{title}</figcaption><svg width="{}" height="{}" role="img" aria-label="{title}">'
@@ -80,6 +80,23 @@ def heat(title: str, note: str, counts: Sequence[tuple[float, Sequence[int]]], w
         if count > 0
     ]
     return _Axes((counts[0][0], counts[-1][0]), (0, 1), words, "step").figure(title, note, Markup().join(cells))
+
+
+def scatter(title: str, note: str, across_is: str, points: Sequence[tuple[float, float, str]]) -> Markup:
+    """Points with their names, and a line through the highest so far, from left to right."""
+    across, up, _ = zip(*points)
+    low, high = min(up), max(up)
+    axes = _Axes((0.0, max(across)), (low, high), (f"{low:.4g}", f"{high:.4g}"), across_is)
+    line: list[Point] = []
+    for x, y in sorted(zip(across, up), key=lambda point: (point[0], -point[1])):
+        if not line or y > line[-1][1]:
+            line.append((x, y))
+    marks = []
+    for x, y, label in points:
+        right, down = axes.place(x, y)
+        marks.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"/>').format(right, down, _BLUE))
+        marks.append(_text(min(right, _RIGHT - 8), max(down - 7, _TOP + 12), "end", label))
+    return axes.figure(title, note, axes.line(line, 1) + Markup().join(marks))
 
 
 def bar(before: float, after: float) -> Markup:

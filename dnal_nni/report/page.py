@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .charts import bar, curve, heat
+from .charts import bar, curve, heat, scatter
+from .tables import side_by_side
 
 if TYPE_CHECKING:
     from .record import Report
@@ -32,25 +34,42 @@ class _Table(NamedTuple):
 
 def page(report: Report) -> str:
     """A document of its own."""
-    return _fill("page.html", report)
+    return _TEMPLATES.get_template("page.html").render(_parts(report))
 
 
 def fragment(report: Report) -> str:
     """The same to be shown inside of another document, such as a notebook."""
-    return _fill("fragment.html", report)
+    return _TEMPLATES.get_template("fragment.html").render(_parts(report))
 
 
-def _fill(template: str, report: Report) -> str:
-    head = ["", "before", "after", "kept", "change"]
-    sizes = _Table("Before and after", head, [list(row) for row in report.rows()], range(1, 5))
-    tables = [table for table in (_accuracy(report), _widths(report), _layers(report), _whole(report)) if table.rows]
-    footer = [
-        [f"{name} {value:.1f} s" for name, value in report.seconds.items()],
-        [f"{name} {version}" for name, version in report.versions.items()],
-    ]
-    return _TEMPLATES.get_template(template).render(
-        report=report, sizes=sizes, charts=_charts(report), tables=tables, footer=footer
+def comparison(names: Sequence[str], reports: Sequence[Report]) -> str:
+    """A document of several reports side by side, with a picture of what each costs and is worth."""
+    sizes, widths = (
+        _Table(title, head, rows, range(1, len(head)))
+        for title, (head, *rows) in zip(("After the cut", "Widths"), side_by_side(names, reports))
     )
+    parts: dict[str, Any] = {"title": "DNAL reports side by side", "heading": "What it costs, and what it is worth"}
+    parts |= {"sizes": sizes, "charts": _pareto(names, reports), "tables": [widths]}
+    parts |= {"note": "", "facts": [], "footer": []}
+    return _TEMPLATES.get_template("page.html").render(parts)
+
+
+def _parts(report: Report) -> dict[str, Any]:
+    head = ["", "before", "after", "kept", "change"]
+    tables = [table for table in (_accuracy(report), _widths(report), _layers(report), _whole(report)) if table.rows]
+    return {
+        "title": "DNAL report",
+        "note": report.command or "",
+        "sizes": _Table("Before and after", head, [list(row) for row in report.rows()], range(1, 5)),
+        "facts": report.facts(),
+        "heading": "The search",
+        "charts": _charts(report),
+        "tables": tables,
+        "footer": [
+            [f"{name} {value:.1f} s" for name, value in report.seconds.items()],
+            [f"{name} {version}" for name, version in report.versions.items()],
+        ],
+    }
 
 
 def _accuracy(report: Report) -> _Table:
@@ -109,3 +128,14 @@ def _charts(report: Report) -> list[Markup]:
         )
         charts.append(heat("Gates", note, gates, ("closed (0)", "open (1)")))
     return charts
+
+
+def _pareto(names: Sequence[str], reports: Sequence[Report]) -> list[Markup]:
+    """Accuracy by FLOPs, of every run and of the networks that they start with."""
+    points: dict[tuple[float, float, str], None] = {}  # in their order, each once
+    for name, report in zip(names, reports):
+        if report.accuracy is not None:
+            points[report.before.flops / 1e6, report.accuracy[0], "uncut"] = None
+            points[report.after.flops / 1e6, report.accuracy[1], name] = None
+    note = "The line goes through the runs that none with as few FLOPs surpasses."
+    return [scatter("Accuracy (%)", note, "FLOPs (M)", list(points))] if points else []

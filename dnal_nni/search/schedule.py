@@ -28,5 +28,8 @@ def ramp(step: int, steps: int, start: float, end: float, until: float = 0.6) ->
 
 
 def at(table: Tensor, step: int | Tensor) -> Tensor:
-    """The entry of a step: a number, or int64 ``[1]`` on the device of the table, where a CUDA graph counts."""
-    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
+    """The entry of a step: a number, or int64 ``[1]`` on the device of the table, where a CUDA graph counts.
+
+    Past the end, where a search that was done is taken up, the last one.
+    """
+    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[min(step, len(table) - 1)]

@@ -1,5 +1,6 @@
 """The page of a report: whole, without a word to the network, and shown by a real browser."""
 
+import dataclasses
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dnal_nni.report.page import comparison
 from dnal_nni.report.record import Report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -88,6 +90,25 @@ def test_a_notebook_shows_the_page_in_its_own(report: Report) -> None:
     (style,) = re.findall(r"<style>(.*?)</style>", shown, re.S)
     rules = [rule.strip() for rule in re.findall(r"([^{}]+)\{", style)]
     assert rules and all(part.strip().startswith(".dnal") for rule in rules for part in rule.split(","))
+
+
+def test_runs_side_by_side_with_a_picture_of_the_best(report: Report) -> None:
+    def run(flops: int, accuracy: float) -> Report:
+        after = dataclasses.replace(report.after, flops=flops)
+        return dataclasses.replace(report, after=after, accuracy=(90.0, accuracy))
+
+    names = ["large", "poor", "small", "<b>"]
+    page = comparison(names, [run(900_000, 89), run(700_000, 60), run(500_000, 85), run(300_000, 50)])
+    seen = tags_of(page)
+    assert seen.count("svg") == 1 and seen.count("circle") == 5 and "&lt;b&gt;" in page and "<td><b>" not in page
+    places = [tuple(map(float, c)) for c in re.findall(r'circle cx="([\d.]+)" cy="([\d.]+)"', page)]
+    uncut, large, poor, small, least = places
+    (line,) = [[tuple(map(float, p.split(","))) for p in c.split()] for c in re.findall(r'points="([^"]+)"', page)]
+    assert line == [least, small, large, uncut] and poor not in line
+    assert least < small < poor < large < uncut  # by FLOPs, to the right
+    assert uncut[1] < large[1] < small[1] < poor[1] < least[1]  # pixels count downwards
+    bare = dataclasses.replace(report, accuracy=None)
+    assert "<svg" not in comparison(["a", "b"], [bare, bare])
 
 
 def photograph(page: Path, picture: Path) -> str:
