@@ -50,7 +50,7 @@ _NOW = {
     "schedule": ("search.schedule",),
     "scores": ("search.scores", "search.importance"),
     "search": ("search.loop", "search.paper", "surgery.inject"),
-    "selection": ("plugin.config",),
+    "selection": ("plugin.config", "search.settings"),
     "shims": ("plugin.shims",),
     "slim": ("surgery.slim", "surgery.changes"),
     "space": ("plugin.space",),

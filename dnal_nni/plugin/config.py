@@ -1,37 +1,19 @@
-"""NNI's ``config_list``, checked, and what it means for coupled channel groups."""
+"""NNI's ``config_list``, checked, and the setting of each layer that it selects."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
 from torch import nn
 
-from ..channels.groups import ChannelGroup
 from ..errors import DNALError
-from ..modules.layers import Norm, layer_of
-from ..search.objective import Limits
+from ..modules.layers import layer_of
+from ..search.settings import VALUES, Setting
 
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the config_list says about one layer, or about the layers of one group together; NNI's keys and meanings."""
-
-    sparse_ratio: float | None = None
-    sparse_threshold: float | None = None
-    max_sparse_ratio: float | None = None
-    min_sparse_ratio: float | None = None
-    global_group_id: int | str | None = None
-    dependency_group_id: int | str | None = None
-
-
-VALUES = [field.name for field in dataclasses.fields(Setting)]
 RATIOS = ("sparse_ratio", "max_sparse_ratio", "min_sparse_ratio")
 SELECT = ["op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"]
 # NNI's older schema, which NNI translates
@@ -159,102 +141,3 @@ def split_config(
         for name in select_modules_by_config(model, wide)[0]:
             selected.setdefault(name, setting)
     return for_nni, selected
-
-
-def select(groups: Sequence[ChannelGroup], selected: Mapping[str, Setting], model: nn.Module) -> dict[str, Setting]:
-    """Freeze the groups that the config does not select; the setting of the others.
-
-    A group is selected where every layer that produces its channels is, or every norm that they pass: a layer that is
-    excluded or not selected keeps all its outputs. Of several ratios, thresholds or limits inside one group the
-    smallest rules.
-
-    Args:
-        groups: their ``frozen`` is updated.
-        selected: by layer name.
-        model: the ungated model.
-    """
-    modules = dict(model.named_modules())
-    norms = {name for name, module in modules.items() if isinstance(module, Norm)}
-    settings = {}
-    depends: dict[int | str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # id -> layer -> its groups
-    for group in groups:
-        if group.frozen is not None:
-            continue
-        through = [m.path for m in group.members if m.side == "both" and m.path in norms]
-        # a parameter that a forward reads itself goes with the module that owns it
-        producers = [p if p in modules else p.rpartition(".")[0] for p in group.producers]
-        if all(p in selected for p in producers):
-            layers = producers
-        elif through and all(p in selected for p in through):
-            layers = through
-        else:
-            missing = next(p for p in producers if p not in selected)
-            group.frozen = f"config_list does not select {missing}"
-            continue
-        settings[group.name] = _together(layers, selected)
-        for layer in layers:
-            if (key := selected[layer].dependency_group_id) is not None:
-                depends[key][layer].add(group.name)
-    for key, places in depends.items():
-        first = next(iter(places))
-        for layer in places:
-            if places[layer] != places[first]:
-                raise DNALError(
-                    f"dependency_group_id={key!r} joins {first} and {layer}, whose channels the model does not couple: "
-                    "leave it out; coupled layers are found without it"
-                )
-    return settings
-
-
-def _together(layers: Iterable[str], selected: Mapping[str, Setting]) -> Setting:
-    values: dict[str, Any] = {}
-    owner: dict[str, str] = {}
-    for layer in layers:
-        for key in VALUES[:-1]:
-            value = getattr(selected[layer], key)
-            if value is None:
-                continue
-            if key == "global_group_id" and values.get(key, value) != value:
-                raise DNALError(
-                    f"{owner[key]} and {layer} are coupled, but in the global groups {values[key]!r} and {value!r}: "
-                    "give them the same global_group_id"
-                )
-            if key not in values or (key != "global_group_id" and value < values[key]):
-                values[key], owner[key] = value, layer
-    return Setting(**values)
-
-
-def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup], multiple: int) -> Limits:
-    """Units that each group may keep, from max_sparse_ratio, min_sparse_ratio and the multiple of its channels."""
-    least, most, multiples = [], [], []
-    for setting, group in zip(settings, groups):
-        n = group.channels
-        widths = [len(m.channels) // n for m in group.members if m.side == "out" and not m.bare]
-        step = multiple // math.gcd(multiple, *widths)
-        asked = max(1, round((1 - setting.max_sparse_ratio) * n)) if setting.max_sparse_ratio else 0
-        low = max(group.least, asked)
-        high = max(1, round((1 - (setting.min_sparse_ratio or 0.0)) * n))
-        multiples.append(step)
-        least.append(min(n, step * math.ceil(low / step)))
-        most.append(max(least[-1], n if high == n else step * (high // step)))
-    return Limits(least, most, multiples)
-
-
-def pools(settings: Sequence[Setting], sizes: Sequence[int], within: Limits) -> tuple[list[int], list[int]]:
-    """What the ratios ask: the units to keep in each pool, and the pool of each group.
-
-    The groups of one global_group_id are a pool, any other group is one by itself: the ratio is of the channels of the
-    pool, to the nearest, and the smallest of several rules.
-    """
-    members: dict[object, list[int]] = defaultdict(list)
-    for i, setting in enumerate(settings):
-        members[i if setting.global_group_id is None else ("global", setting.global_group_id)].append(i)
-    kept, pool_of = [], [0] * len(sizes)
-    for pool, where in enumerate(members.values()):
-        ratios = [r for i in where if (r := settings[i].sparse_ratio) is not None]
-        whole = sum(sizes[i] for i in where)
-        asked = round((1 - min(ratios, default=0.0)) * whole)
-        kept.append(min(max(asked, sum(within.least[i] for i in where)), sum(within.most[i] for i in where)))
-        for i in where:
-            pool_of[i] = pool
-    return kept, pool_of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import DNALError
+from ..session import Session
 from .shims import TransformersEvaluator, around_step, lightning_max_epochs, lightning_max_steps
-from .steps import same_random_numbers
+from .steps import same_random_numbers, steps_per_epoch
 
 __all__ = [
     "TorchEvaluator",
@@ -28,7 +30,10 @@ __all__ = [
     "example_input",
     "patch_steps",
     "ready",
+    "search_within",
 ]
+
+_logger = logging.getLogger(__name__)
 
 
 class TorchEvaluator(nni.compression.TorchEvaluator):
@@ -287,3 +292,36 @@ def patch_steps(evaluator: Any, before: Callable[[], None], after: Callable[[], 
             return made
 
         evaluator.model.configure_optimizers = types.MethodType(patched, evaluator.model)
+
+
+def search_within(
+    evaluator: Any, session: Session, names: Callable[[], Mapping[str, str]], weights_learn: bool
+) -> None:
+    """Let the coming training of ``evaluator`` (bound to the session's model) be a search.
+
+    Args:
+        names: the parameters' names in the plain model -> in the model as it is at that time.
+        weights_learn: whether the optimizer's steps move weights.
+    """
+    train = evaluator.train
+
+    def search(max_steps: int | None = None, max_epochs: int | None = None) -> None:
+        steps = max_steps
+        if steps is None:
+            steps = steps_per_epoch(evaluator, session.model, names()) * (max_epochs or 0)
+        try:
+            with ready(evaluator), session.search(steps, weights_learn=weights_learn) as run:
+                evaluator.patch_loss(lambda loss, batch: run.penalised(loss))
+                patch_steps(evaluator, run.before_optimizer_step, run.after_optimizer_step)
+                train(max_steps, max_epochs)
+        finally:
+            del evaluator.train
+        if run.done < steps:
+            _logger.warning(
+                "the training ended after %d of the %d steps that the search was planned for: let training_func "
+                "respect max_steps and max_epochs, or plan fewer",
+                run.done, steps,
+            )  # fmt: skip
+
+    # the number of steps is known at train() only, where another compressor may be the one that calls it
+    evaluator.train = search

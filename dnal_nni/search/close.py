@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Complexity
-from .objective import Objective, best_of_group, first_ranks
+from .objective import Limits, Objective, best_of_group, first_ranks
 
 CLOSE = 5e-3  # a gap below the budget that is left as it is
 OVER = 9e-3  # what a cut may be above the budget, where structures are so coarse that none lies as near below
@@ -109,6 +109,17 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
         every = [b for b in _blocks(objective, s, least) if not objective.choices[objective.group_of[b[0]]]]
         keep = _closer(objective, s, keep, every, limit)
     return keep
+
+
+def threshold_cut(s: Tensor, delta: float, thresholds: Sequence[float], limits: Limits, sizes: Sequence[int]) -> Tensor:
+    """The units whose gate is over the threshold of its group, as many as the limits allow: bool ``[units]``."""
+    parts = []
+    for part, threshold, least, most in zip(s.split(list(sizes)), thresholds, limits.least, limits.most):
+        count = int((torch.sigmoid(delta * part) > threshold).sum())
+        keep = torch.zeros(len(part), dtype=torch.bool)
+        keep[part.argsort(descending=True, stable=True)[: min(max(count, least), most)]] = True
+        parts.append(keep)
+    return torch.cat(parts)
 
 
 def _with_other_candidates(

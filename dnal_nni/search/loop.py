@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
@@ -81,6 +82,7 @@ class Search:
         steps: planned number of calls of :meth:`step`.
         done: how many have been made.
         history: of the report.
+        seconds: what it took, once it has ended.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Search:
         self.optimizer, self.weights_learn, self.progress = optimizer, weights_learn, progress
         self.done = 0
         self.history: list[dict[str, Any]] = []
+        self.seconds: float | None = None
         self._loss: Tensor | None = None
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=scores.value.device)
         self._trainable: list[nn.Parameter] = []
@@ -106,6 +109,17 @@ class Search:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Search:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(error)
+
+    def start(self) -> None:
+        """Let the gates act, softly, and the weights learn or stand still; what entering the context does."""
+        self._started = time.perf_counter()
         if world_size() > 1:
             settings = (self.steps, self.done, self.weights_learn, self.scores.lambda_, checksum(self.model))
             remedy = "load the same weights on every rank, and search with the same arguments"
@@ -124,11 +138,9 @@ class Search:
         self._freeze()
         for device, state in self._random.items():
             torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, self.score.device)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self, error: BaseException | None = None) -> None:
+        """End the search, or end it because of an ``error``; what leaving the context does."""
         self.bar.close()
         for parameter, grad in zip(self._trainable, self._gradients):
             parameter.requires_grad_(True)
@@ -142,6 +154,7 @@ class Search:
             factor.value = None
         if error is None:
             broadcast_(*self.model.buffers())  # norm statistics are each rank's own
+            self.seconds = time.perf_counter() - self._started
         if isinstance(error, DNALError):
             self.restore()
 

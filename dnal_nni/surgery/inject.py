@@ -52,6 +52,12 @@ def is_gated(model: nn.Module) -> bool:
     return any(isinstance(module, ChannelFactor) for module in model.modules())
 
 
+def check_ungated(model: nn.Module) -> None:
+    """Raise where gates are attached."""
+    if is_gated(model):
+        raise DNALError("the model already has gates of another DNALPruner: call its unwrap_model() first")
+
+
 def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
     """Let ``gates`` (by group name) act in ``model``, in place; its parameters stay the same objects."""
     adapt(model, revertible=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -205,9 +204,8 @@ class _Searching(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.search is None and not self.finished and trainer.global_step >= self._first:
-            self._start = time.perf_counter()
-            self.search = self.pruner._new_search(self._steps, None, weights_learn=True, progress=False)
-            self.search.__enter__()
+            self.search = self.pruner.session.search(self._steps, weights_learn=True, progress=False)
+            self.search.start()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self.search is not None:
@@ -244,14 +242,13 @@ class _Searching(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.search is not None:
-            self.search.__exit__(type(exception), exception, None)
+            self.search.stop(exception)
             self.search = None
 
     def _finish(self) -> None:
         assert self.search is not None
-        self.search.__exit__(None, None, None)
+        self.search.stop()
         self.search, self.finished = None, True
-        self.pruner._seconds["search"] = time.perf_counter() - self._start
         self.pruner.harden()
 
 

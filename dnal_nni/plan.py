@@ -1,0 +1,202 @@
+"""One model and one dummy input: which channels go together, what they cost, what may go. No NNI here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .budget import Budget, Complexity
+from .channels.groups import ChannelGroup, Site, groups_of
+from .cost.count import measure
+from .cost.latency import latencies
+from .cost.model import CostModel
+from .errors import DNALError
+from .search.close import exact_cut
+from .search.importance import importance
+from .search.objective import Limits, Objective
+from .search.ranks import check_same, from_first, is_first, world_size
+from .search.settings import Setting, limits, pools, select
+from .surgery.inject import check_model, check_ungated
+from .surgery.slim import Keep, slim_copy
+from .surgery.verify import verify_and_freeze
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The channel groups of a model, what limits each of them, what they cost, and what a search is held to.
+
+    Made by :meth:`of`, for a model without gates. A plan holds no model: it is as good for a copy, and for the model
+    with gates on. Units are those of all active groups, one group after the other.
+
+    Attributes:
+        groups: every channel group; those that stay whole say why.
+        settings: what was asked of each active group.
+        limits: how many units of each active group may stay.
+        cost: what the model costs as a function of the gates.
+        objective: what a search is held to: the budget, or ratios; None: nothing but a penalty on open gates.
+        budget: what the cut network may cost, or None.
+        channel_multiple: channels that layers keep come in multiples of this number.
+        dummy_input: what the costs are counted for.
+        seconds: what making it took.
+    """
+
+    groups: list[ChannelGroup]
+    settings: Sequence[Setting]
+    limits: Limits
+    cost: CostModel
+    objective: Objective | None
+    budget: Budget | None
+    channel_multiple: int
+    dummy_input: Any
+    seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        dummy_input: Any,
+        *,
+        budget: Budget | None = None,
+        selected: Mapping[str, Setting] | None = None,
+        channel_multiple: int = 1,
+        verify_seconds: float = 60.0,
+    ) -> Plan:
+        """Find, select and verify the groups of ``model``, and count what they cost; the model is not changed.
+
+        In several processes, all go by what rank 0 finds.
+
+        Args:
+            model: without gates.
+            dummy_input: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+            budget: what the cut network may cost.
+            selected: what may lose channels, by layer name; None: every layer.
+            channel_multiple: channels that layers keep come in multiples of this number, or whole.
+            verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then stay whole.
+
+        Raises:
+            DNALError: for a model, an input or limits that do not go together, or where nothing can be cut.
+        """
+        start = time.perf_counter()
+        check_limits(budget, channel_multiple)
+        check_model(model)
+        check_ungated(model)
+        if selected is None:
+            selected = dict.fromkeys((name for name, _ in model.named_modules()), Setting())
+        groups = groups_of(model, dummy_input)
+        asked = select(groups, selected, model)
+        _verify(model, groups, dummy_input, verify_seconds)
+        active = [group for group in groups if group.frozen is None]
+        if not active:
+            reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
+            reasons = reasons or "it has no convolution or linear layer"
+            raise DNALError(f"nothing in the model can be pruned ({reasons})")
+        timed = budget is not None and budget.latency is not None
+        cost = CostModel(model, groups, dummy_input, timed and is_first())
+        if timed:
+            cost.load_latency_state(from_first(cost.latency_state))
+        settings = [asked[group.name] for group in active]
+        within = limits(settings, active, channel_multiple)
+        objective = _objective(cost, budget, settings, within)
+        plan = cls(groups, settings, within, cost, objective, budget, channel_multiple, dummy_input)
+        if timed:
+            cost.load_latency_state(from_first(lambda: plan._calibrated(model)))
+        return dataclasses.replace(plan, seconds=time.perf_counter() - start)
+
+    @property
+    def active(self) -> list[ChannelGroup]:
+        """The groups that have a gate: those that are not left whole."""
+        return self.cost.active
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of units of each active group."""
+        return self.cost.sizes
+
+    def by_group(self, units: Tensor) -> dict[str, Tensor]:
+        """``units`` (``[units]``) in parts, by the name of the group."""
+        return dict(zip([group.name for group in self.active], units.split(self.sizes)))
+
+    def slim(self, model: nn.Module, keep: Tensor | Keep) -> nn.Module:
+        """A copy of ``model`` (gated or not) without the other units: a new module without gates.
+
+        Args:
+            model: the one that this plan was made of, or a copy.
+            keep: bool ``[units]``; or by group name, where groups not named stay whole.
+        """
+        return slim_copy(model, self.groups, self.by_group(keep) if isinstance(keep, Tensor) else keep)
+
+    def measured(self, slim: nn.Module, model: nn.Module) -> Complexity:
+        """What a cut network costs; its latency only where the budget limits it.
+
+        Args:
+            slim: the network.
+            model: the uncut one, which is timed beside it.
+        """
+        size = measure(slim, self.dummy_input)
+        if self.cost.dense.latency is None:
+            return size
+        return dataclasses.replace(size, latency=self._latency(slim, model))
+
+    def with_latencies(self, state: Mapping[str, Any]) -> Plan:
+        """The same plan with the latencies that another process measured (``cost.latency_state()``)."""
+        cost = copy.copy(self.cost)
+        cost.load_latency_state(state)
+        objective = _objective(cost, self.budget, self.settings, self.limits)
+        return dataclasses.replace(self, cost=cost, objective=objective)
+
+    def _latency(self, slim: nn.Module, model: nn.Module) -> float:
+        """Milliseconds of a cut network, where the uncut one takes what it took when it was measured first."""
+        assert self.cost.dense.latency is not None
+        now, then = latencies([slim, model], self.dummy_input)
+        return self.cost.dense.latency * now / then
+
+    def _calibrated(self, model: nn.Module) -> dict[str, Any]:
+        """Hold the latency that the layers add up to against that of a network cut to the budget."""
+        assert self.objective is not None
+        units = exact_cut(self.objective, importance(model, self.active), self.objective.floor())
+        self.cost.calibrate(units.double(), self._latency(self.slim(model, units), model))
+        return self.cost.latency_state()
+
+
+def check_limits(budget: Any, channel_multiple: Any) -> None:
+    """Raise for what is no budget, or no multiple."""
+    if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
+        raise DNALError(f"channel_multiple={channel_multiple!r}: must be a whole number >= 1")
+    if budget is not None and not isinstance(budget, Budget):
+        raise DNALError(f"budget={budget!r}: pass a Budget, for example Budget(flops=0.5)")
+
+
+def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:
+    """Freeze what cannot be cut exactly; all ranks go by what rank 0 finds."""
+    if world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise DNALError(
+            "the model has SyncBatchNorm layers, which wait for each other wherever the model runs: convert the "
+            "cut network instead (nn.SyncBatchNorm.convert_sync_batchnorm(slim))"
+        )
+    found = [(group.name, group.channels, group.frozen) for group in groups]
+    check_same("the model's channel groups", found, "make the same model on every rank")
+
+    def compare() -> list[tuple[Site, str | None]]:
+        verify_and_freeze(model, groups, dummy_input, seconds)
+        return [(group.site, group.frozen) for group in groups]
+
+    for group, (site, frozen) in zip(groups, from_first(compare)):
+        group.site, group.frozen = site, frozen
+
+
+def _objective(cost: CostModel, budget: Budget | None, settings: Sequence[Setting], within: Limits) -> Objective | None:
+    """What a search is held to: the budget, or the settings' ratios, or nothing."""
+    thresholds = any(setting.sparse_threshold is not None for setting in settings)
+    ratios = any(setting.sparse_ratio is not None for setting in settings)
+    if thresholds and (ratios or budget is not None):
+        raise DNALError("sparse_threshold goes with neither a budget nor a sparse_ratio: a threshold sets no size")
+    if budget is not None:
+        return Objective(cost, budget, within)
+    if ratios:
+        return Objective(cost, None, within, *pools(settings, cost.sizes, within))
+    return None

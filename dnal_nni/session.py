@@ -1,0 +1,393 @@
+"""Search, harden, cut, resume: what every front end shares. No NNI here.
+
+plan = Plan.of(model, x, budget=Budget(flops=0.5))
+session = Session(model, plan)
+with session.search(steps, optimizer=optimizer) as search:
+    for images, labels in batches:
+        search.step(loss(model(images), labels))
+slim = session.speedup()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .budget import Complexity
+from .errors import DNALError
+from .modules.gates import GateState, ScaledSigmoidGate
+from .plan import Plan
+from .report.record import GroupReport, Report, versions
+from .search.close import exact_cut, measured_cut, threshold_cut
+from .search.importance import importance
+from .search.loop import ArchOptimizer, Search
+from .search.paper import PAPER_LR, PAPER_THRESHOLD, PaperScores
+from .search.ranks import from_first, is_first
+from .search.scores import REACH, Scores
+from .storage.state import load_state, save_state
+from .surgery.compare import check_equal
+from .surgery.inject import attach, check_ungated, detach, is_gated
+from .surgery.optimizer import carry_optimizer
+from .surgery.slim import Keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How gates learn.
+
+    Args:
+        preset: "default", or "paper" for the equations and the schedule of arXiv 2103.02126; with a budget, the
+            paper's search is cut to that budget.
+        lambda_: weight of the paper's regulariser ``sum sigmoid(s)``.
+        arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
+            score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
+            of SGD on ``s``; None is 0.01.
+
+    Raises:
+        DNALError: for values that are none of these.
+    """
+
+    preset: Literal["default", "paper"] = "default"
+    lambda_: float = 1e-4
+    arch_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in ("default", "paper"):
+            raise DNALError(f"preset={self.preset!r}: choose 'default' or 'paper'")
+        if not isinstance(self.lambda_, (int, float)) or not 0 <= self.lambda_ < float("inf"):
+            raise DNALError(f"lambda_={self.lambda_!r}: must be a number >= 0")
+        if self.arch_lr is not None and not 0 <= self.arch_lr < float("inf"):
+            raise DNALError(f"arch_lr={self.arch_lr!r}: must be a number >= 0, or None for the preset's own")
+
+    def scores(self, model: nn.Module, plan: Plan, steps: int) -> ArchOptimizer:
+        """What the gates are at each of ``steps`` steps: the paper's search, or the one held to the objective."""
+        device = next(model.parameters()).device
+        if self.preset == "paper" or plan.objective is None:
+            lr = PAPER_LR if self.arch_lr is None else self.arch_lr
+            return PaperScores(sum(plan.sizes), steps, self.lambda_, lr, plan.limits.least, device)
+        reach = REACH if self.arch_lr is None else self.arch_lr
+        return Scores(plan.objective, importance(model, plan.active).to(device), steps, reach)
+
+
+class Session:
+    """The gates of one model: searched, fixed, cut, saved and taken up again.
+
+    Args:
+        model: the trained network, the one that ``plan`` was made of; gates are attached to it in place, its parameters
+            stay the same objects.
+        plan: of the model.
+        method: how gates learn.
+
+    Attributes:
+        gates: by group name; ``.s`` is the parameter ``[channels]``, ``.delta`` a 0-d buffer.
+        keep: by group name, bool ``[channels]``: the units that :meth:`harden` left; None before.
+        last: the last :meth:`search`, or None.
+        seconds: what took how long, by name.
+
+    Raises:
+        DNALError: the model has gates already.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, method: Method | None = None) -> None:
+        check_ungated(model)
+        self.model, self.plan, self.method = model, plan, method or Method()
+        device = next(model.parameters()).device
+        self.gates = OrderedDict((g.name, ScaledSigmoidGate(g.channels).to(device)) for g in plan.active)
+        self.keep: dict[str, Tensor] | None = None
+        self.last: Search | None = None
+        self._resume: dict[str, Any] | None = None
+        self._report: Report | None = None
+        self.seconds = {"build": plan.seconds}
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the gates on the model, if they are not."""
+        if not is_gated(self.model):
+            attach(self.model, self.plan.groups, self.gates)
+
+    def detach(self) -> None:
+        """Take the gates off and undo what searches changed: the dense model as it was, with the same parameters."""
+        detach(self.model)
+        if self.last is not None:
+            self.last.restore()
+
+    # -- searching ----------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        steps: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        weights_learn: bool | None = None,
+        progress: bool = True,
+    ) -> Search:
+        """A search inside of a training loop: a context manager, with a ``step(loss)`` to be called once per batch.
+
+        Args:
+            steps: how many batches you are going to give it.
+            optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
+            weights_learn: whether they do, where somebody else steps their optimizer.
+            progress: show a progress bar.
+        """
+        if optimizer is not None:
+            known = {id(p) for p in self.model.parameters()}
+            if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+                raise DNALError("search(optimizer=...): this optimizer holds no parameter of the model")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise DNALError(f"search(steps={steps!r}): must be a whole number >= 1")
+        self.attach()
+        search = Search(
+            self.model,
+            self.gates.values(),
+            self.method.scores(self.model, self.plan, steps),
+            optimizer=optimizer,
+            weights_learn=optimizer is not None if weights_learn is None else weights_learn,
+            progress=progress,
+        )
+        if self.last is not None:
+            search.saved = self.last.saved
+        if self._resume is not None:
+            search.load_state_dict(self._resume)
+            self._resume = None
+        self.last, self.keep, self._report = search, None, None
+        return search
+
+    # -- cutting ------------------------------------------------------------------------------------------------------
+
+    def harden(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Fix every gate to 0 or 1; the model then computes the hard-gated function.
+
+        Args:
+            keep: by group name, bool ``[channels]``; groups not named stay whole. None: what the search learned.
+
+        Returns:
+            by group name, bool ``[channels]``: what stays, of all groups that have a gate.
+        """
+        if keep is None:
+            if self.last is None or self.last.done == 0:
+                raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")
+            search = self.last
+            chosen = from_first(lambda: self._learned(search))
+        else:
+            chosen = self._checked(keep)
+        for group in self.plan.active:
+            if group.choice and not group.least:  # blocks: behind one that closes nothing runs
+                chosen[group.name] = chosen[group.name].cumprod(0).bool()
+        for name, gate in self.gates.items():
+            gate.harden(chosen[name])
+        self.keep, self._report = chosen, None
+        return chosen
+
+    def _checked(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        chosen = {group.name: torch.ones(group.channels, dtype=torch.bool) for group in self.plan.active}
+        least = {group.name: group.least for group in self.plan.active}
+        for name, mask in keep.items():
+            if name not in chosen:
+                raise DNALError(f"harden(keep): there is no gate {name!r}; the names are the keys of pruner.gates")
+            size = len(chosen[name])
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
+                raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}]")
+            if not bool(mask.any()) and least[name]:
+                raise DNALError(f"harden(keep): {name} would lose every channel; keep at least one")
+            chosen[name] = mask.detach().cpu().clone()
+        return chosen
+
+    def _learned(self, search: Search) -> dict[str, Tensor]:
+        """What a search decided, cut to the budget; fvcore has the last word on what that costs."""
+        plan, scores = self.plan, search.scores
+        s = torch.cat([gate.s.detach() for gate in self.gates.values()]).double().cpu()
+        if plan.objective is None:
+            asked = [setting.sparse_threshold for setting in plan.settings]
+            thresholds = [PAPER_THRESHOLD if threshold is None else threshold for threshold in asked]
+            delta = float(next(iter(self.gates.values())).delta)
+            units = threshold_cut(s, delta, thresholds, plan.limits, plan.sizes)
+        elif plan.budget is None:
+            units = exact_cut(plan.objective, scores.rank(s).cpu(), scores.floor)
+        else:
+            units = measured_cut(plan.objective, scores.rank(s).cpu(), scores.floor, self._cost_of)
+        return plan.by_group(units)
+
+    def _cost_of(self, units: Tensor) -> Complexity:
+        return self.plan.measured(self.plan.slim(self.model, units), self.model)
+
+    def speedup(self) -> nn.Module:
+        """A new, physically smaller module that computes what the hard-gated ``model`` computes.
+
+        Hardens first if need be. Both are compared in eval and train mode; a difference is an error.
+        """
+        keep = self.harden() if self.keep is None else self.keep
+        start = time.perf_counter()
+        slim = self.plan.slim(self.model, keep)
+        differences = from_first(lambda: check_equal(self.model, slim, self.plan.dummy_input))
+        if self.last is not None and self.last.seconds is not None:
+            self.seconds["search"] = self.last.seconds
+        self.seconds["cut"] = time.perf_counter() - start
+        self._report = _reported(self, slim, keep, *differences)
+        return slim
+
+    def carry_optimizer(self, optimizer: torch.optim.Optimizer, slim: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of ``model`` as one of the cut network: its momentum is cut with the weights.
+
+        Class, parameter groups and hyperparameters stay; ``optimizer`` itself is not changed. A parameter that the cut
+        replaced by another (computed weights, such as ``weight_norm``) starts without state. Learning-rate schedules
+        hold the old optimizer: make a new one.
+
+        Args:
+            optimizer: of the model's parameters, such as the one that the search was given.
+            slim: what the last :meth:`speedup` returned.
+
+        Raises:
+            DNALError: the state is not in the shape of the parameters (LBFGS, Adafactor), or not of this model.
+        """
+        if self.keep is None:
+            raise DNALError("carry_optimizer: nothing has been cut yet: call speedup() first")
+        return carry_optimizer(optimizer, self.model, self.plan.groups, self.keep, slim)
+
+    @property
+    def report(self) -> Report:
+        """What the last :meth:`speedup` did."""
+        if self._report is None:
+            raise DNALError("there is no report yet: call speedup() first")
+        return self._report
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the gates and of a search under way: tensors, numbers and strings only.
+
+        The model's weights and the optimizer of the weights are yours to save beside it.
+        """
+        cost = self.plan.cost
+        return {
+            "gates": {
+                name: {
+                    "s": gate.s.detach().clone(),
+                    "delta": gate.delta.clone(),
+                    "mask": gate.mask.clone(),
+                    "state": gate.state.value,
+                }
+                for name, gate in self.gates.items()
+            },
+            "search": self.last.state_dict() if self.last is not None else None,
+            "keep": self.keep,
+            "latency": cost.latency_state() if cost.dense.latency is not None else None,
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same where a search goes on."""
+        budget = None if self.plan.budget is None else self.plan.budget.limits
+        return {"budget": budget, **vars(self.method), "channel_multiple": self.plan.channel_multiple}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a search where :meth:`state_dict` left it: the next ``search(steps)`` goes on from there."""
+        self._check_state(state)
+        if state.get("latency") is not None:
+            self.plan = self.plan.with_latencies(state["latency"])
+        with torch.no_grad():
+            for name, values in state["gates"].items():
+                gate = self.gates[name]
+                gate.s.copy_(values["s"])
+                gate.delta.copy_(values["delta"])
+                gate.harden(values["mask"])
+                gate.state = GateState(values["state"])
+        self._resume, self.keep = state["search"], state["keep"]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping) or not {"gates", "search", "keep"} <= state.keys():
+            raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
+        mine, theirs = self._settings(), state.get("settings", {})
+        for name, value in theirs.items():
+            if value != mine.get(name):
+                raise DNALError(
+                    f"load_state_dict: the search ran with {name}={value!r}, here it is {mine.get(name)!r}: make the "
+                    "pruner as it was, or start anew"
+                )
+        gates = state["gates"]
+        if list(gates) != list(self.gates):
+            different = sorted(set(gates) ^ set(self.gates)) or ["their order"]
+            raise DNALError(f"load_state_dict: the gates are not those of this model ({different[0]})")
+        for name, values in gates.items():
+            here = self.gates[name].s.numel()
+            if tuple(values["s"].shape) != (here,):
+                raise DNALError(f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {here}")
+
+    def save_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write all that a search under way needs to go on: model, gates, torch's random state and the optimizer's.
+
+        The file appears whole or not at all, in place of the one before: call this as often as you like. It is
+        safetensors, and holds no pickle. Of several processes, rank 0 writes it.
+
+        Args:
+            path: usually ``*.safetensors``.
+            optimizer: the one that the search was given.
+        """
+        if not is_first():
+            return
+        state = {"model": self.model.state_dict(), "pruner": self.state_dict()}
+        save_state(path, state | {"optimizer": None if optimizer is None else optimizer.state_dict()})
+
+    def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take up a search where :meth:`save_checkpoint` left it: the next ``search(steps)`` goes on from there.
+
+        ``search.done`` says how many steps it has made: give it the batches from there on, and it ends as it would have
+        without the interruption, bit for bit on the same machine. Torch's random state is put back as the search is
+        entered; random numbers of other sources (``random``, numpy, data loading) are yours to repeat. Of several
+        processes, all load the file, and all get rank 0's random state.
+
+        Raises:
+            DNALError: the file is damaged, or of another model, budget or optimizer; nothing has then changed.
+        """
+        state = load_state(path)
+        if not isinstance(state, dict) or state.keys() != {"model", "pruner", "optimizer"}:
+            raise DNALError(f"{path} was not written by save_checkpoint")
+        own, theirs = self.model.state_dict(), state["model"]
+        for name in [*own, *theirs]:
+            shapes = [list(t[name].shape) if isinstance(t.get(name), Tensor) else None for t in (own, theirs)]
+            if shapes[0] != shapes[1]:
+                raise DNALError(f"{path} does not fit the model: {name} is {shapes[1]}, the model's is {shapes[0]}")
+        self._check_state(state["pruner"])
+        if (optimizer is None) != (state["optimizer"] is None):
+            missing = "needs the optimizer that the search had" if optimizer is None else "holds no optimizer"
+            raise DNALError(f"{path} {missing}: load_checkpoint(path, optimizer) and save_checkpoint alike")
+        if optimizer is not None:
+            try:
+                optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:
+                raise DNALError(f"{path} does not fit the optimizer: {error}") from error
+        self.model.load_state_dict(theirs)
+        self.load_state_dict(state["pruner"])
+
+
+def _reported(session: Session, slim: nn.Module, keep: Keep, max_abs_diff: float, relative_diff: float) -> Report:
+    plan, last = session.plan, session.last
+    groups = []
+    left = {path for path, _ in slim.named_modules()}
+    for g in plan.groups:
+        kept = int(keep[g.name].sum()) if g.name in keep else g.channels
+        if not any(member.module in left for member in g.members):
+            kept = 0  # in a candidate that is gone
+        groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
+    before = plan.cost.dense
+    after = from_first(lambda: plan.measured(slim, session.model))
+    searched = last if last is not None and last.done > 0 else None
+    return Report(
+        before=before,
+        after=after,
+        groups=groups,
+        targets=plan.budget.fractions(before) if plan.budget is not None else {},
+        decided=searched.decided() if searched is not None else None,
+        max_abs_diff=max_abs_diff,
+        relative_diff=relative_diff,
+        seconds=dict(session.seconds),
+        history=list(last.history) if last is not None else [],
+        latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
+        versions=versions(),
+    )
