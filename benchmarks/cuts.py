@@ -70,7 +70,7 @@ def gated(model: nn.Module, budget: float, **kwargs: Any) -> DNALPruner:
 
 def best(pruner: DNALPruner, score: Tensor, floor: list[int] | None = None) -> Tensor:
     """The units with the best scores (float [units]) that the budget allows."""
-    objective = pruner._objective
+    objective = pruner.plan.objective
     assert objective is not None
     return exact_cut(objective, score, floor or [1] * len(objective.sizes))
 
@@ -82,13 +82,13 @@ def cut_by_score(job: Job, score: Tensor, floor: list[int]) -> Tensor:
 def start_scores(job: Job, state: Weights) -> Tensor:
     model = network(job, state)
     pruner = gated(copy.deepcopy(model), job.budget)
-    return importance(model, pruner._active)
+    return importance(model, pruner.plan.active)
 
 
 def cut_random(job: Job, state: Weights) -> Tensor:
     """Random channels, over all groups."""
     pruner = gated(network(job), job.budget)
-    return best(pruner, torch.rand(sum(pruner._cost.sizes), generator=torch.Generator().manual_seed(job.seed)))
+    return best(pruner, torch.rand(sum(pruner.plan.sizes), generator=torch.Generator().manual_seed(job.seed)))
 
 
 def uniform_ranks(order: Tensor, sizes: list[int]) -> Tensor:
@@ -103,23 +103,23 @@ def uniform_ranks(order: Tensor, sizes: list[int]) -> Tensor:
 def cut_uniform_random(job: Job, state: Weights) -> Tensor:
     """The same share of every group, random channels."""
     pruner = gated(network(job), job.budget)
-    order = torch.rand(sum(pruner._cost.sizes), generator=torch.Generator().manual_seed(job.seed))
-    return best(pruner, uniform_ranks(order, pruner._cost.sizes))
+    order = torch.rand(sum(pruner.plan.sizes), generator=torch.Generator().manual_seed(job.seed))
+    return best(pruner, uniform_ranks(order, pruner.plan.sizes))
 
 
 def cut_uniform_l2(job: Job, state: Weights) -> Tensor:
     """The same share of every group, by the L2 norm of each channel over all layers of the group."""
     model = network(job, state)
     pruner = gated(copy.deepcopy(model), job.budget)
-    return best(pruner, uniform_ranks(importance(model, pruner._active), pruner._cost.sizes))
+    return best(pruner, uniform_ranks(importance(model, pruner.plan.active), pruner.plan.sizes))
 
 
 def removal_order(pruner: tp.BasePruner, ours: DNALPruner, budget: float) -> Tensor:
     """Float [units]: when torch-pruning's progressive pruning (its documented procedure) removes each of our units."""
-    objective = ours._objective
+    objective = ours.plan.objective
     assert objective is not None
     unit_of: dict[str, tuple[int, Tensor]] = {}
-    for offset, group in zip(np.cumsum([0, *objective.sizes]).tolist(), ours._active):
+    for offset, group in zip(np.cumsum([0, *objective.sizes]).tolist(), ours.plan.active):
         for member in group.members:
             if member.side == "out" and member.dim is None:
                 unit_of[member.path] = (offset, member.units[member.channels.argsort()])
@@ -185,7 +185,7 @@ def new_weights(job: Job, keep: Tensor) -> Weights:
     model = network(dataclasses.replace(job, seed=job.seed + 1000))
     pruner = gated(copy.deepcopy(model), job.budget)
     init_weights(model)
-    for group, part in zip(pruner._active, keep.split(pruner._cost.sizes)):
+    for group, part in zip(pruner.plan.active, keep.split(pruner.plan.sizes)):
         for member in group.members:
             module = model.get_submodule(member.path)
             if member.side == "out" and isinstance(module, nn.Conv2d):
@@ -197,7 +197,7 @@ def new_weights(job: Job, keep: Tensor) -> Weights:
 def physical(job: Job, state: Weights, keep: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     """The smaller network, checked against the gated one, and its size."""
     pruner = gated(network(job, state), job.budget)
-    pruner.harden(dict(zip(pruner.gates, keep.split(pruner._cost.sizes))))
+    pruner.harden(dict(zip(pruner.gates, keep.split(pruner.plan.sizes))))
     small = pruner.speedup()
     size = measure(small, image())
     widths = {name: m.out_channels for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}

@@ -59,7 +59,7 @@ class Net:
         for gate in pruner.gates.values():
             offsets[id(gate)] = total
             total += gate.s.numel()
-        if any(group.site != "norm" for group in pruner._active):
+        if any(group.site != "norm" for group in pruner.plan.active):
             raise SystemExit("this network has gates that do not act on norms: not supported here")
         self.units = total
         self.sites: dict[str, Tensor] = {}  # parameter -> index into cat(gates, 1)

@@ -97,7 +97,7 @@ def compressed(pruner: Any) -> Any:
 def cut_masks(job: Job, dense: nn.Module, pruner: Any, metrics: Any) -> Tensor:
     """The units that the masks of ``pruner`` (compressed, still wrapped) leave at the budget."""
     ours = gated(copy.deepcopy(dense), job.budget)
-    assert ours._objective is not None
+    assert ours.plan.objective is not None
 
     def kept(ratio: float) -> Tensor:
         for spaces in pruner._target_spaces.values():
@@ -110,17 +110,17 @@ def cut_masks(job: Job, dense: nn.Module, pruner: Any, metrics: Any) -> Tensor:
             for name, targets in pruner.get_masks().items()
         }
         closed = closed_channels(dense, masks)
-        return torch.cat([decide(dense, g, votes_on(g, closed), "vote") for g in ours._active])
+        return torch.cat([decide(dense, g, votes_on(g, closed), "vote") for g in ours.plan.active])
 
     few, many = bisect(ours, kept)
     score = 2 * few.double() + many.double()  # 3: stays in both, 1: goes between the two, 0: gone
-    weight = importance(dense, ours._active)
+    weight = importance(dense, ours.plan.active)
     return best(ours, score + 0.5 * weight / weight.max())
 
 
 def bisect(ours: DNALPruner, kept: Callable[[float], Tensor]) -> tuple[Tensor, Tensor]:
     """The units left at two neighbouring sparse ratios: one within the budget, one above it."""
-    objective = ours._objective
+    objective = ours.plan.objective
     assert objective is not None
     low, high = 0.0, 0.98
     many, few = kept(low + 1e-6), kept(high)

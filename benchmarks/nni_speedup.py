@@ -46,7 +46,7 @@ from zoo import randomise
 
 from dnal_nni import DNALError, measure, speedup
 from dnal_nni.channels.groups import find_groups
-from dnal_nni.plugin.masks import _masked, closed_channels, decide, votes_on
+from dnal_nni.plugin.masks import closed_channels, decide, masked_copy, votes_on
 
 RESULTS = Path(__file__).parent / "results" / "nni_speedup.jsonl"
 TABLE = Path(__file__).parents[1] / "docs" / "nni-speedup.md"
@@ -104,7 +104,7 @@ def hard_gated(model: nn.Module, masks: dict[str, dict[str, Tensor]], x: Tensor)
     groups = find_groups(model, x)
     closed = closed_channels(model, masks)
     asked = [g for g in groups if any(bool(gone.any()) for gone in votes_on(g, closed).values()) and g.frozen is None]
-    reference = _masked(model, masks, asked)
+    reference = masked_copy(model, masks, asked)
     for group in asked:
         gone = ~decide(model, group, votes_on(group, closed), "vote")
         for reader in group.consumers:

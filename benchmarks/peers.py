@@ -126,7 +126,7 @@ class Bench:
             job = Job("", model, args.width, 0.5, "", 0)
             self.nets[model] = Net(gated(network(job), 0.5), args.device, args.precision)
             for budget in args.budgets:
-                self.objectives[model, budget] = gated(network(job), budget)._objective
+                self.objectives[model, budget] = gated(network(job), budget).plan.objective
 
     def pretrain(self, job: Job) -> Generator[None, None, dict[str, Any]]:
         run, start = Run(self, job), time.perf_counter()

@@ -104,7 +104,7 @@ class Plan:
         objective = _objective(cost, budget, settings, within)
         plan = cls(groups, settings, within, cost, objective, budget, channel_multiple, dummy_input)
         if timed:
-            cost.load_latency_state(from_first(lambda: plan._calibrated(model)))
+            cost.load_latency_state(from_first(lambda: _calibrated(plan, model)))
         return dataclasses.replace(plan, seconds=time.perf_counter() - start)
 
     @property
@@ -133,6 +133,8 @@ class Plan:
     def measured(self, slim: nn.Module, model: nn.Module) -> Complexity:
         """What a cut network costs; its latency only where the budget limits it.
 
+        Latencies are such that the uncut network takes what it took when it was measured first.
+
         Args:
             slim: the network.
             model: the uncut one, which is timed beside it.
@@ -140,7 +142,8 @@ class Plan:
         size = measure(slim, self.dummy_input)
         if self.cost.dense.latency is None:
             return size
-        return dataclasses.replace(size, latency=self._latency(slim, model))
+        now, then = latencies([slim, model], self.dummy_input)
+        return dataclasses.replace(size, latency=self.cost.dense.latency * now / then)
 
     def with_latencies(self, state: Mapping[str, Any]) -> Plan:
         """The same plan with the latencies that another process measured (``cost.latency_state()``)."""
@@ -148,19 +151,6 @@ class Plan:
         cost.load_latency_state(state)
         objective = _objective(cost, self.budget, self.settings, self.limits)
         return dataclasses.replace(self, cost=cost, objective=objective)
-
-    def _latency(self, slim: nn.Module, model: nn.Module) -> float:
-        """Milliseconds of a cut network, where the uncut one takes what it took when it was measured first."""
-        assert self.cost.dense.latency is not None
-        now, then = latencies([slim, model], self.dummy_input)
-        return self.cost.dense.latency * now / then
-
-    def _calibrated(self, model: nn.Module) -> dict[str, Any]:
-        """Hold the latency that the layers add up to against that of a network cut to the budget."""
-        assert self.objective is not None
-        units = exact_cut(self.objective, importance(model, self.active), self.objective.floor())
-        self.cost.calibrate(units.double(), self._latency(self.slim(model, units), model))
-        return self.cost.latency_state()
 
 
 def check_limits(budget: Any, channel_multiple: Any) -> None:
@@ -200,3 +190,13 @@ def _objective(cost: CostModel, budget: Budget | None, settings: Sequence[Settin
     if ratios:
         return Objective(cost, None, within, *pools(settings, cost.sizes, within))
     return None
+
+
+def _calibrated(plan: Plan, model: nn.Module) -> dict[str, Any]:
+    """Hold the latency that the layers add up to against that of a network cut to the budget."""
+    assert plan.objective is not None
+    units = exact_cut(plan.objective, importance(model, plan.active), plan.objective.floor())
+    latency = plan.measured(plan.slim(model, units), model).latency
+    assert latency is not None
+    plan.cost.calibrate(units.double(), latency)
+    return plan.cost.latency_state()

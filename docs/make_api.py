@@ -9,20 +9,28 @@ import dnal_nni
 from dnal_nni.channels.flow import Flow, Labels, Operation
 from dnal_nni.channels.groups import ChannelGroup, Member
 from dnal_nni.modules.gates import ScaledSigmoidGate
+from dnal_nni.plan import Plan
 from dnal_nni.report.record import GroupReport, Report
 from dnal_nni.search.loop import Search
+from dnal_nni.search.settings import Setting
+from dnal_nni.session import Method, Session
 
 HEAD = """# API
 
 Written by `docs/make_api.py` from the docstrings; a test compares. The first part is what `from dnal_nni import ...`
-gives, the second what these hand out.
+gives, the second what these hand out, and what they are made of: `dnal_nni.plan.Plan` and `dnal_nni.session.Session`
+search and cut without NNI.
 """
-HANDED_OUT = (Search, ChannelGroup, Member, ScaledSigmoidGate, Report, GroupReport, Flow, Labels, Operation)
+HANDED_OUT = (
+    *(Search, Plan, Setting, Session, Method, ChannelGroup, Member, ScaledSigmoidGate, Report, GroupReport),
+    *(Flow, Labels, Operation),
+)
 METHODS = {"search", "compress", "harden", "speedup", "carry_optimizer", "unwrap_model", "wrap_model", "update_masks"}
 METHODS |= {"get_masks", "state_dict", "load_state_dict", "save_checkpoint", "load_checkpoint", "from_compressor"}
 METHODS |= {"report", "groups", "gates", "step", "penalised", "restore", "to_dict", "from_dict", "to_json", "to_html"}
 METHODS |= {"to_tensorboard", "plot_widths", "rows"}
 METHODS |= {"of", "put", "freeze", "couple", "mix", "meet", "argument", "gives_zero"}
+METHODS |= {"plan", "session", "active", "sizes", "by_group", "slim", "measured", "attach", "detach", "start", "stop"}
 
 
 def signature(thing: Any) -> str:

@@ -113,7 +113,7 @@ def latency(out: Path) -> dict[str, Any]:
         assert dist.get_rank() == 0
         return 1e-3 * sum(p.numel() for p in model.parameters())
 
-    with mock.patch("dnal_nni.cost.latency._milliseconds", tick):
+    with mock.patch("dnal_nni.cost.latency.milliseconds", tick):
         pruner, slim = searched(True, budget=Budget(latency=0.6))
     return found(pruner, slim) | {"latency": pruner.report.latency_ms}
 

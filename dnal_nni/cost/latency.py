@@ -38,7 +38,7 @@ def latencies(models: Sequence[nn.Module], dummy_input: Any, rounds: int = ROUND
     for model in copies:
         detach(model)
     with torch.no_grad():
-        times = [[_milliseconds(call, model, dummy_input) for model in copies] for _ in range(WARM_UP + rounds)]
+        times = [[milliseconds(call, model, dummy_input) for model in copies] for _ in range(WARM_UP + rounds)]
     return [min(taken) for taken in zip(*times[WARM_UP:])]
 
 
@@ -143,11 +143,11 @@ def _fastest(layer: nn.Module, x: Tensor) -> float:
     taken: list[float] = []
     start = time.perf_counter()
     while len(taken) < WARM_UP + 3 or (time.perf_counter() - start < LAYER_SECONDS and len(taken) < ROUNDS):
-        taken.append(_milliseconds(call, layer, x))
+        taken.append(milliseconds(call, layer, x))
     return min(taken[WARM_UP:])
 
 
-def _milliseconds(function: Callable[..., Any], model: nn.Module, *args: Any) -> float:
+def milliseconds(function: Callable[..., Any], model: nn.Module, *args: Any) -> float:
     cuda = any(p.is_cuda for p in model.parameters())
     if cuda:
         torch.cuda.synchronize()

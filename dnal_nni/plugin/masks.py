@@ -89,7 +89,7 @@ def speedup(
     if all(bool(mask.all()) for mask in keep.values()):
         raise DNALError(_nothing(wanted, votes))
 
-    masked = _masked(dense, masks, cuttable if conflicts == "vote" else ())
+    masked = masked_copy(dense, masks, cuttable if conflicts == "vote" else ())
     for group in cuttable:
         if not bool(keep[group.name].any()):
             _leave_unread(masked, group)
@@ -106,7 +106,7 @@ def speedup(
         groups=[_group_report(group, keep, votes[group.name]) for group in groups],
         max_abs_diff=max_abs_diff,
         relative_diff=relative_diff,
-        masked_diff=difference(_masked(dense, masks), clone(slim), dummy_input, modes=("eval",))[1],
+        masked_diff=difference(masked_copy(dense, masks), clone(slim), dummy_input, modes=("eval",))[1],
     )
     if recalibrate is not None:
         training = slim.training
@@ -229,7 +229,7 @@ def _leave_unread(model: nn.Module, group: ChannelGroup) -> None:
         columns[reader.channels.to(columns.device)] = 0
 
 
-def _masked(dense: nn.Module, masks: Masks, replaced: Collection[ChannelGroup] = ()) -> nn.Module:
+def masked_copy(dense: nn.Module, masks: Masks, replaced: Collection[ChannelGroup] = ()) -> nn.Module:
     """A copy whose weights and biases are multiplied by the masks, but for channels of ``replaced`` groups."""
     whole: dict[str, list[Member]] = {}
     for group in replaced:

@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         function(model, *args)
         return spent(model) + 1e-6
 
-    monkeypatch.setattr("dnal_nni.cost.latency._milliseconds", tick)
+    monkeypatch.setattr("dnal_nni.cost.latency.milliseconds", tick)
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_the_model_tells_the_latency_of_cut_networks(x: Tensor, small: nn.Module
         keep = {name: torch.rand(gate.s.numel(), generator=generator) < 0.6 for name, gate in pruner.gates.items()}
         pruner.harden({name: mask | (torch.arange(len(mask)) == 0) for name, mask in keep.items()})
         slim = pruner.speedup()
-        assert pruner._keep is not None
-        expected = float(pruner._cost.latency(torch.cat([mask.double() for mask in pruner._keep.values()])))
+        assert pruner.session.keep is not None
+        expected = float(pruner.plan.cost.latency(torch.cat([mask.double() for mask in pruner.session.keep.values()])))
         assert expected == pytest.approx(spent(slim), rel=0.03)
         assert pruner.report.after.latency == pytest.approx(spent(slim), rel=0.01)
 
@@ -91,7 +91,7 @@ def test_the_latency_budget_is_hit(net: nn.Module, x: Tensor, batches: Batches, 
 
 @pytest.mark.usefixtures("clock")
 def test_latency_is_differentiable_and_falls(net: nn.Module, x: Tensor) -> None:
-    cost = pruner_of(net, x, Budget(latency=0.6))._cost
+    cost = pruner_of(net, x, Budget(latency=0.6)).plan.cost
     g = torch.rand(sum(cost.sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(cost.latency, g.requires_grad_())
     (slope,) = torch.autograd.grad(cost.latency(g), g)
@@ -99,7 +99,7 @@ def test_latency_is_differentiable_and_falls(net: nn.Module, x: Tensor) -> None:
 
 
 def test_what_one_width_does_not_explain_is_the_same_at_all(net: nn.Module, x: Tensor) -> None:
-    cost = pruner_of(net, x, Budget(latency=0.9))._cost
+    cost = pruner_of(net, x, Budget(latency=0.9)).plan.cost
     half = (torch.rand(sum(cost.sizes), generator=torch.Generator().manual_seed(0)) < 0.5).double()
     assert cost.dense.latency is not None
     for measured in (0.9 * cost.dense.latency, 0.7 * cost.dense.latency):
@@ -111,15 +111,15 @@ def test_what_one_width_does_not_explain_is_the_same_at_all(net: nn.Module, x: T
 @pytest.mark.usefixtures("clock")
 def test_a_resumed_search_goes_on_with_what_was_measured(net: nn.Module, x: Tensor, monkeypatch: Any) -> None:
     first = pruner_of(net, x, Budget(latency=0.6 * spent(net)))
-    g = torch.full((sum(first._cost.sizes),), 0.5, dtype=torch.float64)
+    g = torch.full((sum(first.plan.sizes),), 0.5, dtype=torch.float64)
     state = copy.deepcopy(first.state_dict())
-    monkeypatch.setattr("dnal_nni.cost.latency._milliseconds", lambda f, m, *a: (f(m, *a), 1.5 * spent(m))[1])
+    monkeypatch.setattr("dnal_nni.cost.latency.milliseconds", lambda f, m, *a: (f(m, *a), 1.5 * spent(m))[1])
     second = pruner_of(net, x, Budget(latency=0.6 * spent(net)))
-    assert not torch.equal(second._cost.latency(g), first._cost.latency(g))
+    assert not torch.equal(second.plan.cost.latency(g), first.plan.cost.latency(g))
     second.load_state_dict(state)
-    assert torch.equal(second._cost.latency(g), first._cost.latency(g))
-    assert second._objective is not None and first._objective is not None
-    assert torch.equal(second._objective.targets, first._objective.targets)
+    assert torch.equal(second.plan.cost.latency(g), first.plan.cost.latency(g))
+    assert second.plan.objective is not None and first.plan.objective is not None
+    assert torch.equal(second.plan.objective.targets, first.plan.objective.targets)
 
 
 def test_real_time(net: nn.Module, x: Tensor) -> None:
@@ -149,7 +149,7 @@ def test_layers_called_with_keywords_are_timed_too(x: Tensor) -> None:
 
 
 def test_a_latency_budget_that_closes_nothing(net: nn.Module, x: Tensor) -> None:
-    cost = pruner_of(net, x, Budget(latency=1.0))._cost
+    cost = pruner_of(net, x, Budget(latency=1.0)).plan.cost
     everything = torch.ones(sum(cost.sizes), dtype=torch.float64)
     assert float(cost.latency(everything)) == pytest.approx(cost.dense.latency)
 

@@ -136,10 +136,10 @@ def test_gated_is_sliced_and_costs_what_the_model_says(everything: tuple[DNALPru
         with torch.no_grad():
             expected, got = gated.train(mode)(x.double()), slim.train(mode)(x.double())
         assert float((expected - got).abs().max()) < 1e-9 * float(expected.abs().max())
-    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])
+    g = torch.cat([pruner.session.keep[group.name].double() for group in pruner.plan.active])
     cost = measure(slim.float(), x)
-    assert cost.flops == pytest.approx(float(pruner._cost.flops(g)), rel=1e-9)
-    assert cost.params == pytest.approx(float(pruner._cost.params(g)), rel=1e-9)
+    assert cost.flops == pytest.approx(float(pruner.plan.cost.flops(g)), rel=1e-9)
+    assert cost.params == pytest.approx(float(pruner.plan.cost.params(g)), rel=1e-9)
 
 
 def test_closed_candidates_leave_the_module_tree(everything: tuple[DNALPruner, Tensor], tmp_path: Path) -> None:
@@ -198,10 +198,10 @@ def test_whole_candidates_go_ahead_of_channels() -> None:
             candidate[0].weight.data *= torch.logspace(-2, 0, 24).view(-1, 1, 1, 1)
             candidate[1].weight.data /= candidate[1].weight.data.square().sum((1, 2, 3), keepdim=True).sqrt()
     pruner = DNALPruner(model, ALL, dummy_input=torch.randn(1, 1, 8, 8), budget=Budget(flops=0.1), verify_seconds=5)
-    objective, active = pruner._objective, pruner._active
+    objective, active = pruner.plan.objective, pruner.plan.active
     assert objective is not None
     scores = Scores(objective, importance(pruner.bound_model, active), steps=10)
-    keep = dict(zip(pruner.gates, exact_cut(objective, scores.value, scores.floor).split(pruner._cost.sizes)))
+    keep = dict(zip(pruner.gates, exact_cut(objective, scores.value, scores.floor).split(pruner.plan.sizes)))
     assert float(objective.relative(torch.cat([*keep.values()]).double())[0]) == pytest.approx(0.1, rel=0.01)
     assert all(int(keep[group.name].sum()) == 1 for group in active if group.choice)
     around = [int(keep[group.name].sum()) for group in active if group.channels == 12]
@@ -217,14 +217,14 @@ def test_a_cut_meets_the_budget_whatever_the_scores(flops: float, most: int | No
     for mixture in model[1:5]:
         mixture.most = most
     pruner = DNALPruner(model, ALL, dummy_input=torch.randn(1, 1, 8, 8), budget=Budget(flops=flops), verify_seconds=5)
-    objective = pruner._objective
+    objective = pruner.plan.objective
     assert objective is not None
-    scores = Scores(objective, importance(pruner.bound_model, pruner._active), steps=10)
+    scores = Scores(objective, importance(pruner.bound_model, pruner.plan.active), steps=10)
     for _ in range(5):
         score = scores.value + 0.3 * torch.randn(len(scores.value), dtype=torch.float64)
         keep = exact_cut(objective, score, scores.floor)
         assert float(objective.relative(keep.double())[0]) == pytest.approx(flops, rel=0.01)
-        kept = [int(k.sum()) for k, g in zip(keep.split(pruner._cost.sizes), pruner._active) if g.choice]
+        kept = [int(k.sum()) for k, g in zip(keep.split(pruner.plan.sizes), pruner.plan.active) if g.choice]
         assert len(kept) == 4 and min(kept) >= 1 and max(kept) <= (most or 6)
 
 
@@ -247,7 +247,7 @@ def test_what_must_stay_of_a_choice_depends_on_the_price() -> None:
             return self.fc(self.layer(torch.relu(self.stem(x))).mean((2, 3)))
 
     pruner = DNALPruner(Net(), ALL, dummy_input=torch.randn(1, 1, 8, 8), budget=Budget(flops=0.5))
-    objective, sizes = pruner._objective, pruner._cost.sizes
+    objective, sizes = pruner.plan.objective, pruner.plan.sizes
     assert objective is not None
     first = sum(sizes[: sizes.index(2)])
     score = torch.ones(sum(sizes), dtype=torch.float64)
@@ -287,13 +287,13 @@ def test_a_candidate_with_layers_that_stay_whole_can_go_whole() -> None:
     pruner.harden({"layer": torch.tensor([False, True])})
     slim = pruner.speedup()
     assert slim.layer.units == ["conv"]
-    g = torch.cat([pruner._keep[group.name].double() for group in pruner._active])
-    assert measure(slim, torch.randn(2, 1, 8, 8)).flops == pytest.approx(float(pruner._cost.flops(g)), rel=1e-9)
+    g = torch.cat([pruner.session.keep[group.name].double() for group in pruner.plan.active])
+    assert measure(slim, torch.randn(2, 1, 8, 8)).flops == pytest.approx(float(pruner.plan.cost.flops(g)), rel=1e-9)
 
 
 def test_a_candidate_that_costs_nothing_does_not_slow_down_the_others(everything: tuple[DNALPruner, Tensor]) -> None:
     pruner, _ = everything
-    objective = pruner._objective
+    objective = pruner.plan.objective
     assert objective is not None
     units = sum(objective.sizes)
     free = objective.whole < 1e-9
@@ -362,8 +362,8 @@ def search_step(model: nn.Module, sequential: bool) -> Callable[[], Any]:
         if isinstance(module, Mixture):
             module.sequential = sequential
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    search = pruner._new_search(10, optimizer, True, False)
-    search.__enter__()
+    search = pruner.search(10, optimizer=optimizer, progress=False)
+    search.start()
     images, labels = torch.randn(32, 1, 16, 16), torch.randint(0, 10, (32,))
     return lambda: search.step(F.cross_entropy(model(images), labels))
 

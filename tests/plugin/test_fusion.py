@@ -65,7 +65,7 @@ def test_a_distiller_before(small: nn.Module, x: Tensor, batches: Batches) -> No
     pruner = DNALPruner.from_compressor(distilled(small, run.evaluator), CONV, budget=HALF)
     assert hasattr(small.fc, "_nni_wrapper") and pruner.evaluator is run.evaluator
     model, masks = pruner.compress(max_steps=60)
-    assert run.steps == 60 and pruner._search is not None and pruner._search.done == 60
+    assert run.steps == 60 and pruner.session.last is not None and pruner.session.last.done == 60
     slim = pruner.speedup()
     assert smaller(type(small)(), slim, x) == pytest.approx(0.5, rel=0.06)
     # the distiller's loss was in it
@@ -114,7 +114,7 @@ def test_in_nnis_order_with_the_distiller_last(small: nn.Module, x: Tensor, batc
         pruner, config, copy.deepcopy(dense).eval(), lambda batch, teacher: teacher(batch[0])
     )
     distiller.compress(max_steps=None, max_epochs=6)
-    assert pruner._search is not None and pruner._search.done == pruner._search.steps == 48
+    assert pruner.session.last is not None and pruner.session.last.done == pruner.session.last.steps == 48
     distiller.unwrap_model()
     assert smaller(dense, pruner.speedup(), x) == pytest.approx(0.5, rel=0.06)
     pruner.unwrap_model()

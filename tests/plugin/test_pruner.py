@@ -145,7 +145,7 @@ def test_nni_contract(small: nn.Module, x: Tensor, batches: Batches) -> None:
     pruner = DNALPruner(small, CONV, evaluator(small, batches), dummy_input=x, budget=Budget(flops=0.5))
     assert isinstance(pruner, Pruner)
     model, masks = pruner.compress(max_epochs=4)
-    assert model is small and pruner._search is not None and pruner._search.steps == 4 * len(batches)
+    assert model is small and pruner.session.last is not None and pruner.session.last.steps == 4 * len(batches)
     assert set(masks) == {"stem", "conv1", "conv2", "last"} and masks["last"]["bias"].shape == (16,)
     assert masks["conv1"]["weight"].shape == small.conv1.weight.shape
     slim = pruner.speedup()

@@ -37,7 +37,7 @@ def searched(strategy: DNALStrategy, space: ModelSpace, keep: dict[str, list[int
     strategy.mutate_model(space)
     strategy.mutate_evaluator(evaluator())
     pruner = strategy.pruner
-    label = {g.name: strategy._space.supernet.get_submodule(g.name).label for g in pruner.groups if g.choice}
+    label = {g.name: strategy.space.supernet.get_submodule(g.name).label for g in pruner.groups if g.choice}
     assert set(keep) <= set(label.values())
     pruner.harden({name: torch.tensor(keep[one]).bool() for name, one in label.items() if one in keep})
     return strategy
@@ -50,8 +50,7 @@ def test_architectures_that_the_space_has() -> None:
         space,
         {"layer": [0, 0, 1, 0], "nested": [0, 1], "inputs": [0, 1], "depth": [1, 0]},
     )
-    assert strategy._space is not None
-    architecture = strategy._space.architecture(strategy.slim_model())
+    architecture = strategy.space.architecture(strategy.slim_model())
     assert architecture == {"layer": "nested", "nested": 1, "inputs": [1], "depth": 2, "hidden": 24}
     assert space.check_contains(architecture) is None
     # a choice inside of a candidate that is gone: any value
@@ -59,8 +58,7 @@ def test_architectures_that_the_space_has() -> None:
     strategy = searched(
         DNALStrategy(Budget(flops=0.5)), space, {"layer": [1, 0, 0, 0], "inputs": [1, 0], "depth": [0, 0]}
     )
-    assert strategy._space is not None
-    assert strategy._space.architecture(strategy.slim_model())["depth"] == 1
+    assert strategy.space.architecture(strategy.slim_model())["depth"] == 1
 
 
 @pytest.mark.parametrize(
@@ -72,24 +70,22 @@ def test_architectures_that_the_space_has() -> None:
 )
 def test_what_the_space_has_no_word_for(keep: dict[str, list[int]], why: str) -> None:
     strategy = searched(DNALStrategy(Budget(flops=0.5)), Toy(), keep)
-    assert strategy._space is not None
     with pytest.raises(DNALError, match=f"{why}.*strategy.slim_model"):
-        strategy._space.architecture(strategy.slim_model())
+        strategy.space.architecture(strategy.slim_model())
 
 
 def test_a_width_is_in_the_space_or_not() -> None:
     strategy = searched(DNALStrategy(Budget(flops=0.5)), Toy(), {"layer": [1, 0, 0, 0], "inputs": [1, 0]})
-    assert strategy._space is not None
     for width, known in ((12, True), (13, False)):
         strategy.pruner.harden({
             "fc1": torch.arange(24) < width,
-            **{g.name: strategy.pruner._keep[g.name] for g in strategy.pruner.groups if g.choice},
+            **{g.name: strategy.pruner.session.keep[g.name] for g in strategy.pruner.groups if g.choice},
         })  # fmt: skip
         if known:
-            assert strategy._space.architecture(strategy.slim_model())["hidden"] == 12
+            assert strategy.space.architecture(strategy.slim_model())["hidden"] == 12
         else:
             with pytest.raises(DNALError, match="fc1 has out_features=13, which hidden cannot give"):
-                strategy._space.architecture(strategy.slim_model())
+                strategy.space.architecture(strategy.slim_model())
 
 
 def test_a_saved_network_is_loaded_into_a_fresh_supernet(tmp_path: Path) -> None:
@@ -149,8 +145,7 @@ def test_cells() -> None:
     network = supernet(Cells())
     assert network.cells[0].nodes[1].units == ["conv_from_0", "pool_from_0", "conv_from_1", "pool_from_1"]
     strategy = searched(DNALStrategy(Budget(flops=0.5)), Cells(), {"cell/1": [1, 1], "cell/2": [1, 0, 0, 1]})
-    assert strategy._space is not None
-    assert strategy._space.architecture(strategy.slim_model()) == {
+    assert strategy.space.architecture(strategy.slim_model()) == {
         "cell/op_1_0": "conv", "cell/input_1_0": [0], "cell/op_1_1": "pool", "cell/input_1_1": [0],
         "cell/op_2_0": "conv", "cell/input_2_0": [0], "cell/op_2_1": "pool", "cell/input_2_1": [1],
     }  # fmt: skip
@@ -225,5 +220,3 @@ def test_depths_need_not_follow_each_other() -> None:
     network = supernet(space_of(lambda: Repeat(lambda i: conv(3), nni.choice("d", [1, 4]))))
     depth = network.part
     assert isinstance(depth, Depth) and depth.units == ["depth 4"] and len(depth.blocks) == 4
-
-

@@ -23,7 +23,7 @@ from supernet_space import DIGITS, Supernet
 from dnal_nni import Budget, DNALError, DNALStrategy, measure
 from dnal_nni.modules.choices import Choice, Mixture
 from dnal_nni.plugin.space import Space
-from dnal_nni.plugin.strategies.dnal import _Searching
+from dnal_nni.plugin.strategies.dnal import Searching
 
 pytestmark = QUIET
 
@@ -69,7 +69,7 @@ def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.Monk
     expected = [(0, 0)] * 4 + [(gates, 0)] * 9 + [(gates - candidates, candidates)] * 3
     assert [counts for *counts, _ in steps] == [list(pair) for pair in expected]
     assert len({weight for *_, weight in steps}) == 16  # weights moved in every step
-    assert strategy.pruner._search is not None and strategy.pruner._search.done == 12
+    assert strategy.pruner.session.last is not None and strategy.pruner.session.last.done == 12
 
 
 def test_in_an_experiment_of_nni(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_trainers_that_cannot_be_searched_with(trainer: dict[str, Any], message:
     usual = {"estimated_stepping_batches": 10, "world_size": 1, "optimizers": [1], "global_step": 0}
     pruner: Any = None
     with pytest.raises(DNALError, match=message):
-        _Searching(pruner, 0.5).on_train_start(SimpleNamespace(**{**usual, **trainer}), nn.Identity())
+        Searching(pruner, 0.5).on_train_start(SimpleNamespace(**{**usual, **trainer}), nn.Identity())
 
 
 def test_data_without_images_asks_for_a_dummy_input() -> None:
@@ -220,8 +220,8 @@ def test_a_loss_that_is_nan_puts_the_weights_back() -> None:
     strategy = DNALStrategy(Budget(flops=0.5), warmup=0)
     given = evaluator()
     step = given.module.training_step
-    given.module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * (
-        float("nan") if batch_idx == 3 else 1.0
+    given.module.training_step = lambda batch, batch_idx: (
+        step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
     )
     with pytest.raises(DNALError, match="nan or infinite at search step 3"):
         strategy(Toy(), given)

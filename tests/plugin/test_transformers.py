@@ -160,7 +160,7 @@ def test_the_pruner_compresses_in_transformers(hf: SimpleNamespace) -> None:
     evaluator = TransformersEvaluator(hf.trainer(model, (sgd(model), None)), dummy_input=x)
     pruner = DNALPruner(model, CONV, evaluator, budget=Budget(flops=0.5))
     pruner.compress(max_epochs=2)
-    assert pruner._search is not None and pruner._search.done == pruner._search.steps == 12
+    assert pruner.session.last is not None and pruner.session.last.done == pruner.session.last.steps == 12
     slim = pruner.speedup()
     assert measure(slim, x).flops / measure(hf.model(), x).flops == pytest.approx(0.5, rel=0.1)
     assert torch.allclose(slim.eval()(x).logits, model.eval()(x).logits, atol=1e-5)

@@ -25,7 +25,7 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
 
     # the benchmark's form
     weights = dict(peers.network(job).to(memory_format=torch.channels_last).state_dict())
-    objective = peers.gated(peers.network(job), job.budget)._objective
+    objective = peers.gated(peers.network(job), job.budget).plan.objective
     scores = methods.Scores(objective, methods.start_scores(job, state), STEPS)
     g, architecture, settle = methods.gate_steps(scores, STEPS)
     training = methods.Training(

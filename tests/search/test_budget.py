@@ -109,7 +109,7 @@ def test_the_cut_hardly_goes_over_and_keeps_multiples(wide: nn.Module, x: Tensor
     @settings(max_examples=40, deadline=None)
     @given(seed=st.integers(0, 10_000), multiple=st.sampled_from([1, 4, 16]), target=st.floats(0.3, 0.9))
     def holds(seed: int, multiple: int, target: float) -> None:
-        objective = pruners[multiple]._objective
+        objective = pruners[multiple].plan.objective
         assert objective is not None
         score = torch.randn(sum(objective.sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         floor = [min(size, multiple) for size in objective.sizes]
@@ -126,7 +126,7 @@ def test_the_cut_hardly_goes_over_and_keeps_multiples(wide: nn.Module, x: Tensor
 @pytest.mark.parametrize("unseen", [0.7, 1.3])
 def test_what_the_cost_model_cannot_see_is_made_up_for(wide: nn.Module, x: Tensor, unseen: float) -> None:
     """The cut network costs another share than the model says; the budget is held all the same, from below."""
-    objective = DNALPruner(copy.deepcopy(wide), CONV, dummy_input=x, budget=Budget(flops=0.5))._objective
+    objective = DNALPruner(copy.deepcopy(wide), CONV, dummy_input=x, budget=Budget(flops=0.5)).plan.objective
     assert objective is not None
     score = torch.randn(sum(objective.sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = objective.cost.dense.flops

@@ -19,7 +19,7 @@ from dnal_nni.search.scores import SETTLED, Scores
 
 
 def objective_of(model: nn.Module, x: Tensor, fraction: float = 0.5) -> Objective:
-    objective = DNALPruner(model, CONV, dummy_input=x, budget=Budget(flops=fraction))._objective
+    objective = DNALPruner(model, CONV, dummy_input=x, budget=Budget(flops=fraction)).plan.objective
     assert objective is not None
     return objective
 
@@ -177,6 +177,6 @@ def test_the_structure_stands_in_the_last_quarter_and_is_what_is_cut(
     settled = structures[int(SETTLED * steps) :]
     assert all(torch.equal(settled[0], other) for other in settled)
     assert search.decided() == 1
-    objective = pruner._objective
+    objective = pruner.plan.objective
     assert objective is not None
     assert torch.equal(exact_cut(objective, search.score, search.scores.floor), settled[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from nni.nas.evaluator.pytorch import Lightning
@@ -26,6 +26,7 @@ from ..space import Space
 from ..steps import same_random_numbers
 
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class DNALStrategy(OneShotStrategy):
@@ -88,10 +89,10 @@ class DNALStrategy(OneShotStrategy):
     def mutate_model(self, model: ModelSpace) -> nn.Module:
         """The supernet; unlike NNI's own strategies, this one leaves ``model`` as it is."""
         self._space = Space(model, self.single_path)
-        for module in self._space.supernet.modules():
+        for module in self.space.supernet.modules():
             if isinstance(module, Mixture):
                 module.sequential = self.sequential
-        return self._space.supernet
+        return self.space.supernet
 
     def mutate_evaluator(self, evaluator: Any) -> Any:
         """Find the gates; the evaluator stays as it is, and its trainer gets a callback while the search runs."""
@@ -100,8 +101,7 @@ class DNALStrategy(OneShotStrategy):
                 f"the evaluator is a {type(evaluator).__name__}: a search needs nni.nas.evaluator.pytorch.Lightning, "
                 "or one derived from it (Classification, Regression)"
             )
-        assert self._space is not None
-        model = self._space.supernet
+        model = self.space.supernet
         kinds = sorted({type(m).__name__ for m in model.modules() if mixing(m)})
         self._pruner = DNALPruner(
             model,
@@ -118,7 +118,7 @@ class DNALStrategy(OneShotStrategy):
         evaluator = self._mutated_model_space.evaluator
         assert isinstance(evaluator, Lightning)
         trainer = evaluator.trainer
-        callback = _Searching(self.pruner, self.warmup)
+        callback = Searching(self.pruner, self.warmup)
         trainer.callbacks.append(callback)
         try:
             super()._run()
@@ -139,8 +139,7 @@ class DNALStrategy(OneShotStrategy):
         Raises:
             DNALError: if the space has no word for it, such as for two candidates of one LayerChoice; says what.
         """
-        assert self._space is not None
-        yield self.model_space.freeze(self._space.architecture(self.slim_model()))
+        yield self.model_space.freeze(self.space.architecture(self.slim_model()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse: gates are not in the checkpoints of Lightning."""
@@ -154,11 +153,19 @@ class DNALStrategy(OneShotStrategy):
     # -- the result ---------------------------------------------------------------------------------------------------
 
     @property
+    def space(self) -> Space:
+        """The model space beside its supernet."""
+        return self._made(self._space)
+
+    @property
     def pruner(self) -> DNALPruner:
         """The pruner of the supernet: groups, gates, and what can be done with them."""
-        if self._pruner is None:
+        return self._made(self._pruner)
+
+    def _made(self, part: T | None) -> T:
+        if part is None:
             raise DNALError("there is no supernet yet: run the strategy first")
-        return self._pruner
+        return part
 
     def slim_model(self) -> nn.Module:
         """The network found, with the weights of the search: a new module without gates and closed candidates.
@@ -173,7 +180,7 @@ class DNALStrategy(OneShotStrategy):
         return self.pruner.report
 
 
-class _Searching(pl.Callback):
+class Searching(pl.Callback):
     """Lets a training of Lightning be a search: everything else of it (clipping, schedulers, precision) stays.
 
     Attributes:
