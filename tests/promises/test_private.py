@@ -74,10 +74,8 @@ def uses(path: Path) -> Iterator[tuple[int, str, str]]:
                     yield node.lineno, alias.name, ast.unparse(node)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and private(node.attr):
-            # names of torch's and NNI's modules too: nn.modules.instancenorm._InstanceNorm
-            if root_of(node.value) not in {"self", "cls"} and not (
-                isinstance(node.value, ast.Attribute) and root_of(node.value) in foreign
-            ):
+            # not of torch's and NNI's modules: nn.modules.instancenorm._InstanceNorm
+            if root_of(node.value) not in {"self", "cls"} | foreign:
                 yield node.lineno, node.attr, ast.unparse(node)
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if found := re.fullmatch(r"dnal_nni(?:\.\w+)*\.(_[a-z]\w*)", node.value):  # monkeypatch.setattr
