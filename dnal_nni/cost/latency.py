@@ -148,6 +148,7 @@ def _fastest(layer: nn.Module, x: Tensor) -> float:
 
 
 def milliseconds(function: Callable[..., Any], model: nn.Module, *args: Any) -> float:
+    """What one call of ``function`` takes by the clock; where ``model`` is on a GPU, until that is done."""
     cuda = any(p.is_cuda for p in model.parameters())
     if cuda:
         torch.cuda.synchronize()

@@ -300,6 +300,8 @@ def search_within(
     """Let the coming training of ``evaluator`` (bound to the session's model) be a search.
 
     Args:
+        evaluator: one of NNI's.
+        session: its gates are on.
         names: the parameters' names in the plain model -> in the model as it is at that time.
         weights_learn: whether the optimizer's steps move weights.
     """
