@@ -73,7 +73,7 @@ def compress(settings: Settings, command: str | None = None) -> Report:
     if state is not None:
         _check_same(settings, state["settings"], out / CHECKPOINT)
     logger.info("%s: at the beginning" if state is None else "%s: taken up where it was left", out)
-    run = _Run(settings, state)
+    run = Run(settings, state)
     report = run.finetune(*run.search())
     report.command, report.settings, report.notes = command, settings.to_dict(), [*report.notes, *run.notes]
     save_compressed(run.slim, out / NETWORK, report)
@@ -102,7 +102,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-class _Run:
+class Run:
     """The stages of one run."""
 
     def __init__(self, settings: Settings, state: dict[str, Any] | None) -> None:

@@ -312,16 +312,16 @@ def test_several_budgets_are_looked_at_first(limits: list[str], said: str, capsy
 
 
 def test_the_best_epoch_is_kept(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from dnal_nni.cli.run import _Run
+    from dnal_nni.cli.run import Run
 
-    measured, states, save = iter([50.0, 40.0, 60.0, 90.0, 90.0, 80.0, 90.0]), [], _Run.save
+    measured, states, save = iter([50.0, 40.0, 60.0, 90.0, 90.0, 80.0, 90.0]), [], Run.save
 
     def record(run: Any, **state: Any) -> None:
         states.append({name: value.clone() for name, value in state.get("model", {}).items()})
         save(run, **state)
 
-    monkeypatch.setattr(_Run, "accuracy", lambda run, model, bar=True: next(measured))
-    monkeypatch.setattr(_Run, "save", record)
+    monkeypatch.setattr(Run, "accuracy", lambda run, model, bar=True: next(measured))
+    monkeypatch.setattr(Run, "save", record)
     assert compress(*D, "--epochs", "4", "--keep-best") == 0
     assert next(measured, None) is None
     slim = load_compressed(import_module("mynets").net(), work / "run" / NETWORK).state_dict()
@@ -336,9 +336,9 @@ def test_the_best_epoch_is_kept(work: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_interrupted_after_any_epoch_it_ends_the_same(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dnal_nni.cli.run import _Run
+    from dnal_nni.cli.run import Run
 
-    save, made, last = _Run.save, 0, 0
+    save, made, last = Run.save, 0, 0
 
     def stop(run: Any, **state: Any) -> None:
         nonlocal made
@@ -350,9 +350,9 @@ def test_interrupted_after_any_epoch_it_ends_the_same(work: Path, monkeypatch: p
     assert compress(*D, "--epochs", "3", "--keep-best", out="whole") == 0
     for last in range(1, 7):
         made = 0
-        monkeypatch.setattr(_Run, "save", stop)
+        monkeypatch.setattr(Run, "save", stop)
         assert compress(*D, "--epochs", "3", "--keep-best", out=f"run{last}") == 130
-        monkeypatch.setattr(_Run, "save", save)
+        monkeypatch.setattr(Run, "save", save)
         assert compress(*D, "--epochs", "3", "--keep-best", out=f"run{last}") == 0
         assert same_networks(work / "whole", work / f"run{last}")
         reports = [read_report(work / name) for name in ("whole", f"run{last}")]
