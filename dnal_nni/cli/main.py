@@ -157,6 +157,9 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
 def _compress(arguments: argparse.Namespace) -> str:
     given = _given(arguments)
+    for name in LIMITS:  # a TARGET behind --flops 0.5 looks to argparse like another number
+        if "model" not in given and len(given.get(name, ())) > 1 and ":" in given[name][-1]:
+            given["model"] = given[name].pop()
     options = _config(arguments.config) if arguments.config is not None else {}
     if any(name in given for name in LIMITS):  # instead of all limits in the file
         options = {name: value for name, value in options.items() if name not in LIMITS}

@@ -296,6 +296,11 @@ def test_several_budgets_are_a_run_each_and_a_picture(work: Path, capsys: Any) -
     assert list(json.loads(capsys.readouterr().out)) == ["0.7", "0.5"]
 
 
+def test_the_target_may_come_last(work: Path) -> None:
+    assert main(["compress", *D, *SHORT, "--out", "first", "--flops", "0.5", "mynets:net"]) == 0
+    assert read_report(work / "first").settings["model"] == "mynets:net"
+
+
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
