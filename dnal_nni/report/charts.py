@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -85,8 +86,8 @@ def heat(title: str, note: str, counts: Sequence[tuple[float, Sequence[int]]], w
 def scatter(title: str, note: str, across_is: str, points: Sequence[tuple[float, float, str]]) -> Markup:
     """Points with their names, and a line through the highest so far, from left to right."""
     across, up, _ = zip(*points)
-    low, high = min(up), max(up)
-    axes = _Axes((0.0, max(across)), (low, high), (f"{low:.4g}", f"{high:.4g}"), across_is)
+    low, high = math.floor(min(up)), math.ceil(max(up))
+    axes = _Axes((0.0, max(across)), (low, high), (f"{low}", f"{high}"), across_is)
     line: list[Point] = []
     for x, y in sorted(zip(across, up), key=lambda point: (point[0], -point[1])):
         if not line or y > line[-1][1]:

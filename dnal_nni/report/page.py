@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .charts import bar, curve, heat, scatter
+from .record import NAMES
 from .tables import side_by_side
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def _accuracy(report: Report) -> _Table:
     if report.accuracy is not None and report.accuracy_cut is not None:
         names = ("before", "after the cut", "after fine-tuning")
         stages = list(zip(names, (report.accuracy[0], report.accuracy_cut, report.accuracy[1])))
-    rows = [[name, f"{value:.2f}", bar(1.0, value / 100)] for name, value in stages]
-    return _Table("Accuracy", ["", "%", ""], rows, range(1, 2))
+    rows = [[name, f"{value:.2f}", f"{value - stages[0][1]:+.2f}", bar(1.0, value / 100)] for name, value in stages]
+    return _Table("Accuracy", ["", "%", "change", ""], rows, range(1, 3))
 
 
 def _widths(report: Report) -> _Table:
@@ -90,11 +91,18 @@ def _widths(report: Report) -> _Table:
 
 
 def _layers(report: Report) -> _Table:
-    most = max((before for before, _ in report.layer_flops.values()), default=0) or 1
+    """Those with at least 1 % of the FLOPs, and the sum of the others."""
+    least = 0.01 * sum(before for before, _ in report.layer_flops.values())
+    shown = {name: pair for name, pair in report.layer_flops.items() if pair[0] >= least}
+    others = [pair for pair in report.layer_flops.values() if pair[0] < least]
+    most = max((before for before, _ in shown.values()), default=0) or 1
     rows = [
         [name, f"{before / 1e6:.3f}", f"{after / 1e6:.3f}", bar(before / most, after / most)]
-        for name, (before, after) in report.layer_flops.items()
+        for name, (before, after) in shown.items()
     ]
+    if others:
+        before, after = (sum(pair[i] for pair in others) / 1e6 for i in (0, 1))
+        rows.append([f"{len(others)} others, below 1 % each", f"{before:.3f}", f"{after:.3f}", ""])
     return _Table("FLOPs of each layer (M)", ["layer", "before", "after", ""], rows, range(1, 3))
 
 
@@ -112,7 +120,7 @@ def _charts(report: Report) -> list[Markup]:
     gates = [(entry["step"], entry["gates"]) for entry in report.history if entry.get("gates")]
     charts = []
     if len(costs) > 1:
-        kinds = " and ".join(report.targets)
+        kinds = " and ".join(NAMES.get(kind, kind) for kind in report.targets)
         title = f"Cost: {kinds}, as a fraction of the dense network's" if kinds else "Open gates"
         note = "With each channel counted by its gate. It follows a planned descent to the target." if kinds else ""
         charts.append(curve(title, note, costs, mark=min(report.targets.values(), default=None)))

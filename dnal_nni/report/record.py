@@ -16,6 +16,7 @@ from ..budget import Complexity
 from ..errors import DNALError
 from .tables import table
 
+NAMES = {"flops": "FLOPs", "params": "parameters"}
 _PAIRS = ("accuracy", "latency_ms", "file_bytes")
 
 
@@ -127,8 +128,7 @@ class Report:
         """What there is to say beside the numbers, a sentence each."""
         facts = []
         if self.targets:
-            names = {"flops": "FLOPs", "params": "parameters"}
-            limits = [f"{value:.1%} of the {names.get(kind, kind)}" for kind, value in self.targets.items()]
+            limits = [f"{value:.1%} of the {NAMES.get(kind, kind)}" for kind, value in self.targets.items()]
             facts.append(f"target: {', '.join(limits)}")
         if self.max_abs_diff is not None:
             exact = "" if self.relative_diff is None else f"; relative (float64, both modes): {self.relative_diff:.1e}"

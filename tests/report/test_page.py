@@ -77,6 +77,13 @@ def test_a_loss_is_shown_as_it_came_and_smoothed(report: Report) -> None:
     assert min(raw) - 0.1 <= min(mean) and max(mean) <= max(raw) + 0.1
 
 
+def test_layers_below_a_per_cent_are_one_row(report: Report) -> None:
+    layers = {"large": (1_000_000, 500_000), **{f"small{i}": (1000, 1000 - i) for i in range(40)}}
+    page = dataclasses.replace(report, layer_flops=layers).to_html()
+    assert "small3" not in page and ">40 others, below 1 % each<" in page
+    assert re.search(r">40 others.*?>0\.040<.*?>0\.039<", page)
+
+
 def test_a_loss_that_is_no_number_is_left_out(report: Report) -> None:
     history = [entry | {"loss": float("nan") if i == 3 else entry["loss"]} for i, entry in enumerate(report.history)]
     page = Report(report.before, report.after, [], history=history).to_html()
