@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..budget import Complexity
 from ..errors import DNALError
 from ..modules.adapters import adapt
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, raised_in
+from ..modules.running import FORWARD_ERRORS, Example, call, clone, flatten_tensors, raised_in
 from ..surgery.inject import detach
 
 with warnings.catch_warnings():
@@ -106,7 +106,7 @@ class _Traced(nn.Module):
     def __init__(self, model: nn.Module, dummy_input: Any) -> None:
         super().__init__()
         self.model = model
-        leaves, self.form = tree_flatten(dummy_input)
+        leaves, self.form = tree_flatten(dummy_input.inputs if isinstance(dummy_input, Example) else dummy_input)
         self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import DNALError
 
 # what a forward pass of somebody else's module raises
 FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -30,10 +32,45 @@ def flatten_tensors(out: Any) -> Iterator[Tensor]:
             yield from flatten_tensors(getattr(out, field.name))
 
 
+Key = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A dummy input, and what is needed of what the model returns for it.
+
+    Attributes:
+        inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        outputs: a position, a key or an attribute of what the model returns, several of them, or a function of it.
+    """
+
+    inputs: Any
+    outputs: Key | Sequence[Key] | Callable[[Any], Any]
+
+    def needed(self, returned: Any) -> Any:
+        """The part of what the model returned that ``outputs`` names."""
+        if callable(self.outputs):
+            return self.outputs(returned)
+        if isinstance(self.outputs, (int, str)):
+            return _entry(returned, self.outputs)
+        return tuple(_entry(returned, key) for key in self.outputs)
+
+
+def _entry(returned: Any, key: Key) -> Any:
+    try:
+        return returned[key]
+    except (TypeError, LookupError):
+        if isinstance(key, str) and hasattr(returned, key):
+            return getattr(returned, key)
+        raise DNALError(f"outputs={key!r}: the model returns a {type(returned).__name__} without it") from None
+
+
 def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
     """``function`` of every tensor in lists, tuples (tuples then) and dicts; anything else as it is."""
     if isinstance(inputs, Tensor):
         return function(inputs)
+    if isinstance(inputs, Example):
+        return dataclasses.replace(inputs, inputs=map_tensors(function, inputs.inputs))
     if isinstance(inputs, Mapping):
         return {key: map_tensors(function, value) for key, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
@@ -42,7 +79,13 @@ def map_tensors(function: Callable[[Tensor], Any], inputs: Any) -> Any:
 
 
 def call(model: nn.Module, dummy_input: Any) -> Any:
-    """Run the model on a tensor, on a tuple or list of positional arguments, or on a dict of keyword arguments."""
+    """Run the model on a tensor, a tuple or list of positional arguments, a dict of keyword arguments, or an Example.
+
+    Returns:
+        what the model does; of an Example, what is needed of it.
+    """
+    if isinstance(dummy_input, Example):
+        return dummy_input.needed(call(model, dummy_input.inputs))
     if isinstance(dummy_input, Mapping):
         return model(**dummy_input)
     if isinstance(dummy_input, (list, tuple)):

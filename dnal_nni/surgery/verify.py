@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..channels.groups import ChannelGroup
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.layers import Norm
-from ..modules.running import FORWARD_ERRORS, clone, flatten_tensors, raised_in, twin
+from ..modules.running import FORWARD_ERRORS, Example, clone, flatten_tensors, raised_in, twin
 from .compare import Comparison, example_like, in_dtype, outputs, unmoved
 from .inject import attach
 from .slim import Keep, slim_twin
@@ -376,6 +376,9 @@ def _larger(n: int) -> int:
 
 
 def _resized(inputs: Any, scale: Callable[[int], int]) -> Any:
+    if isinstance(inputs, Example):
+        other = _resized(inputs.inputs, scale)
+        return None if other is None else dataclasses.replace(inputs, inputs=other)
     if isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs):
         others = tuple(_resized(x, scale) for x in inputs)
         return None if any(x is None for x in others) else others
