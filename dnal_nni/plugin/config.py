@@ -52,9 +52,9 @@ def check_config(model: nn.Module, config_list: Any) -> None:
                     raise DNALError(
                         f"{where}: the model has no layer {name!r} ({key}); see [n for n, _ in model.named_modules()]"
                     )
-        for name in config.get("op_types", ()):
-            if name not in types:
-                raise DNALError(f"{where}: the model has no layer of type {name!r} (op_types)")
+        missing = [name for name in config.get("op_types", ()) if name not in types]
+        if missing and len(missing) == len(config["op_types"]):  # else it selects something, as NNI's examples do
+            raise DNALError(f"{where}: the model has no layer of type {' or '.join(map(repr, missing))} (op_types)")
         targets = config.get("target_names", ["weight"])
         settings = config.get("target_settings", {})
         for target in [*targets, *settings]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from ..budget import Budget
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.gates import ScaledSigmoidGate
+from ..modules.running import Example, Key
 from ..plan import Plan, check_limits
 from ..report.record import Report
 from ..search.loop import Search
@@ -58,6 +59,9 @@ class DNALPruner(Pruner):
         evaluator: NNI's evaluator, needed for :meth:`compress` only.
         dummy_input: a tensor, a tuple of positional arguments or a dict of keyword arguments; by default the
             evaluator's. FLOPs are counted for it.
+        outputs: what is needed of what the model returns: a position, a key or an attribute of it, several of them, or
+            a function of it; None: all of it. What is not needed may lose channels, such as the features that a
+            detector returns beside its predictions.
         budget: what the compressed network may cost. With neither a budget nor a sparse_ratio, ``lambda_`` alone drives
             the search, as in the paper.
         preset: "default", or "paper" for the equations and the schedule of arXiv 2103.02126; with a budget, the
@@ -81,6 +85,7 @@ class DNALPruner(Pruner):
         evaluator: Evaluator | None = None,
         *,
         dummy_input: Any = None,
+        outputs: Key | Sequence[Key] | Callable[[Any], Any] | None = None,
         budget: Budget | None = None,
         preset: Literal["default", "paper"] = "default",
         lambda_: float = 1e-4,
@@ -114,6 +119,7 @@ class DNALPruner(Pruner):
             dummy_input = example_input(evaluator)
         plan: Plan | None = None
         if dummy_input is not None:
+            dummy_input = dummy_input if outputs is None else Example(dummy_input, outputs)
             with self.without_wrappers():
                 plan = Plan.of(
                     model,

@@ -325,3 +325,41 @@ def test_harden_is_checked(small: nn.Module, x: Tensor) -> None:
             pass
     with pytest.raises(DNALError, match="needs an evaluator"):
         pruner.compress(max_steps=3)
+
+
+class Detector(nn.Module):
+    """Returns its features beside its predictions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.ReLU())
+        self.head = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        stem = self.stem(x)
+        body = self.body(stem)
+        return {"predictions": self.head(body), "features": [stem, body]}
+
+
+@pytest.mark.parametrize("outputs", ["predictions", ["predictions"], lambda out: out["predictions"]])
+def test_outputs_that_are_not_needed_lose_channels(outputs: Any) -> None:
+    x = torch.randn(2, 3, 20, 20)
+    pruner = DNALPruner(Detector(), CONV, dummy_input=x, outputs=outputs, budget=Budget(flops=0.5))
+    assert list(pruner.gates) == ["stem.0", "body.0"]
+    pruner.harden({"stem.0": torch.arange(16) < 9, "body.0": torch.arange(24) % 2 == 0})
+    slim = pruner.speedup()
+    assert [f.shape[1] for f in slim(x)["features"]] == [9, 12]
+    whole = "nothing in the model can be pruned .stem.0: the model returns these channels"
+    with pytest.raises(DNALError, match=whole):
+        DNALPruner(Detector(), CONV, dummy_input=x)
+    with pytest.raises(DNALError, match="outputs='boxes': the model returns a dict without it"):
+        DNALPruner(Detector(), CONV, dummy_input=x, outputs="boxes")
+
+
+def test_types_that_the_model_lacks_matter_only_if_nothing_is_left() -> None:
+    x = torch.randn(2, 3, 20, 20)
+    config = [{"op_types": ["Conv2d", "Linear"]}]  # of NNI's quickstart
+    assert list(DNALPruner(Detector(), config, dummy_input=x, outputs="predictions").gates) == ["stem.0", "body.0"]
+    with pytest.raises(DNALError, match=r"config_list\[0\]: the model has no layer of type 'Linear' or 'Conv1d'"):
+        DNALPruner(Detector(), [{"op_types": ["Linear", "Conv1d"]}], dummy_input=x)
