@@ -2,7 +2,8 @@
 
     python benchmarks/zoo.py                           # what benchmarks/results/zoo.jsonl lacks for this commit
     python benchmarks/zoo.py --only resnet18,timm_dla34 --again
-    python benchmarks/zoo.py --table                   # benchmarks/results/zoo.jsonl -> docs/models.md
+    python benchmarks/zoo.py --graph torch-pruning     # the same with its graph: benchmarks/results/zoo_graph.jsonl
+    python benchmarks/zoo.py --table                   # benchmarks/results/zoo*.jsonl -> docs/models.md
 
 Every model runs in a process of its own, with one thread and limits on wall-clock time and memory: random weights,
 norms and scales moved away from their initial values, groups found and verified, then a random 30 % cut that the
@@ -16,6 +17,7 @@ import argparse
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -31,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from provenance import commit
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_models import MODELS, Entry
 
-from dnal_nni import measure
+from dnal_nni import DNALError, measure
 from dnal_nni.channels.groups import find_groups
 from dnal_nni.modules.running import FORWARD_ERRORS
 from dnal_nni.surgery.slim import slim_copy
@@ -47,6 +49,7 @@ from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_fre
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
+GRAPH_RESULTS = RESULTS.with_name("zoo_graph.jsonl")
 TABLE = ROOT / "docs" / "models.md"
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -193,13 +196,19 @@ def reason_class(reason: str) -> str:
     return re.sub(r"\s+", " ", plain).strip(" :;,")[:60] or "other"
 
 
-def run_model(entry: Entry, seconds: float = VERIFY_SECONDS, report: Callable[[Record], None] | None = None) -> Record:
+def run_model(
+    entry: Entry,
+    seconds: float = VERIFY_SECONDS,
+    report: Callable[[Record], None] | None = None,
+    graph: Literal["torch-pruning"] | None = None,
+) -> Record:
     """Everything about one model, in this process. ``report`` gets the record after every phase, as far as it is.
 
     Args:
         entry: which model.
         seconds: the time limit given to ``verify_and_freeze``.
         report: called with the unfinished record, whose "phase" is what begins.
+        graph: where the groups come from, as for `find_groups`.
     """
     record: Record = {
         "model": entry.name,
@@ -241,7 +250,7 @@ def run_model(entry: Entry, seconds: float = VERIFY_SECONDS, report: Callable[[R
                     relative_gap(reference[mode], reference[mode])
                     del dense
             with phase("groups"):
-                groups = find_groups(model, entry.inputs(4, torch.float32))
+                groups = find_groups(model, entry.inputs(4, torch.float32), graph)
             with phase("verify"):
                 record["trials"] = verify_and_freeze(model, groups, entry.inputs(4, torch.float32), seconds)
             reasons = [g.frozen for g in groups if g.frozen is not None]
@@ -282,7 +291,8 @@ def run_model(entry: Entry, seconds: float = VERIFY_SECONDS, report: Callable[[R
         except Exception as error:  # what it raises is the result
             memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
             where = record["phase"]
-            record["status"] = "memory" if memory else "cannot run" if where in ("build", "dense") else "crash"
+            known = "refused" if isinstance(error, DNALError) else "crash"
+            record["status"] = "memory" if memory else "cannot run" if where in ("build", "dense") else known
             record["error"] = plain(f"{type(error).__name__}: {error}")
     phases = ("groups", "verify", "plan", "gate", "slice")
     record["seconds"]["total"] = round(sum(record["seconds"].get(name, 0.0) for name in phases), 3)
@@ -306,9 +316,23 @@ def explain(record: Record) -> str:
 # -- many models ------------------------------------------------------------------------------------------------------
 
 
-def run_isolated(entry: Entry, seconds: float = VERIFY_SECONDS, wall: float = WALL_SECONDS) -> Record:
-    """`run_model` in a process of its own, with one thread, stopped after ``wall`` seconds."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", entry.name, "--seconds", str(seconds)]
+def run_isolated(
+    entry: Entry,
+    seconds: float = VERIFY_SECONDS,
+    wall: float = WALL_SECONDS,
+    options: Sequence[str] = (),
+    script: str = __file__,
+) -> Record:
+    """`run_model` in a process of its own, with one thread, stopped after ``wall`` seconds.
+
+    Args:
+        entry: which model.
+        seconds: as for `run_model`.
+        wall: limit of the process.
+        options: further ones of the command line.
+        script: what is run in place of this file.
+    """
+    command = [sys.executable, str(Path(script).resolve()), "--worker", entry.name, "--seconds", str(seconds), *options]
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the package of this checkout, installed or not
     limits = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(path)}
     started = time.monotonic()
@@ -361,13 +385,15 @@ def save(path: Path, records: Mapping[str, Record]) -> None:
     temporary.replace(path)
 
 
-def run_many(entries: Iterable[Entry], path: Path, seconds: float, wall: float, jobs: int, again: bool) -> None:
+def run_many(
+    entries: Iterable[Entry], path: Path, run: Callable[[Entry], Record], jobs: int, again: bool
+) -> dict[str, Record]:
     """Run what ``path`` lacks for this commit and write after every model: it can be stopped and resumed."""
     records, now = load(path), commit()
     todo = [e for e in entries if again or records.get(e.name, {}).get("commit") != now]
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        futures = [pool.submit(run_isolated, entry, seconds, wall) for entry in todo]
+        futures = [pool.submit(run, entry) for entry in todo]
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             record = future.result()
             records[record["model"]] = record
@@ -375,7 +401,7 @@ def run_many(entries: Iterable[Entry], path: Path, seconds: float, wall: float, 
             print(f"{number}/{len(todo)} {one_line(record)}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt ends the run, not one model
-    print(summary([records[e.name] for e in MODELS.values() if e.name in records]))
+    return records
 
 
 def one_line(record: Record) -> str:
@@ -456,10 +482,11 @@ def table_row(record: Record) -> str:
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
-def worker(entry: Entry, seconds: float) -> None:
+def worker(run: Callable[[Callable[[Record], None]], Record]) -> None:
+    """Run one model in this process: a line for every phase, as far as it is."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    print(json.dumps(run_model(entry, seconds, lambda record: print(json.dumps(record), flush=True))), flush=True)
+    print(json.dumps(run(lambda record: print(json.dumps(record), flush=True))), flush=True)
 
 
 def main() -> None:
@@ -469,7 +496,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=VERIFY_SECONDS, help="limit of each verification")
     parser.add_argument("--wall", type=float, default=WALL_SECONDS, help="limit of each model")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--graph", choices=["torch-pruning"], help="where the groups come from; default: our own graph")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="write docs/models.md and run nothing")
     parser.add_argument("--worker", metavar="NAME", help="one model in this process (used by the script itself)")
     args = parser.parse_args()
@@ -477,11 +505,15 @@ def main() -> None:
     if unknown := [name for name in [*names, *([args.worker] if args.worker else [])] if name not in MODELS]:
         parser.error(f"not in zoo_models.py: {', '.join(unknown)}")
     if args.worker:
-        worker(MODELS[args.worker], args.seconds)
+        worker(lambda report: run_model(MODELS[args.worker], args.seconds, report, args.graph))
     elif args.table:
-        write_table(load(args.out), TABLE)
+        write_table(load(args.out or RESULTS), TABLE)
     else:
-        run_many((MODELS[name] for name in names), args.out, args.seconds, args.wall, args.jobs, args.again)
+        options = ["--graph", args.graph] if args.graph else []
+        out = args.out or (GRAPH_RESULTS if args.graph else RESULTS)
+        run = functools.partial(run_isolated, seconds=args.seconds, wall=args.wall, options=options)
+        records = run_many((MODELS[name] for name in names), out, run, args.jobs, args.again)
+        print(summary([records[name] for name in MODELS if name in records]))
 
 
 if __name__ == "__main__":

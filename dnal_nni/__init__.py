@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cost.count import measure as measure
     from .errors import DNALError as DNALError
     from .modules.adapters import register_adapter as register_adapter
-    from .modules.layers import register_layer as register_layer
+    from .modules.register import register_layer as register_layer
     from .plugin.masks import speedup as speedup
     from .plugin.pruner import DNALPruner as DNALPruner
     from .plugin.strategies.dnal import DNALStrategy as DNALStrategy
@@ -33,7 +33,7 @@ _HOME = {
     "load_compressed": "storage.compressed",
     "measure": "cost.count",
     "register_adapter": "modules.adapters",
-    "register_layer": "modules.layers",
+    "register_layer": "modules.register",
     "register_rule": "channels.rules.registry",
     "save_compressed": "storage.compressed",
     "speedup": "plugin.masks",

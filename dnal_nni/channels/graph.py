@@ -8,6 +8,7 @@ ends. :mod:`dnal_nni.channels.trace` draws the edges.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -69,6 +70,11 @@ class CouplingGraph:
             self.total += size
         return self.vertices[key]
 
+    def reserve(self, size: int) -> Tensor:
+        """Ids of channels that belong to no layer, int64 ``[size]``: what lies between layers."""
+        self.total += size
+        return torch.arange(self.total - size, self.total)
+
     def couple(self, a: Tensor, b: Tensor, why_fixed: str) -> None:
         """Let ``a`` and ``b`` (ids, broadcast against each other) stand and fall together; -1 fixes its partner."""
         if a.shape != b.shape:
@@ -78,6 +84,14 @@ class CouplingGraph:
         self._edges.append((left[free], right[free]))
         if not free.all():
             self.freeze(torch.from_numpy(np.maximum(left, right)[~free]), why_fixed)
+
+    def couple_units(self, ends: Sequence[tuple[Vertex, Tensor]]) -> None:
+        """Let channels of one number stand and fall together: sides of a layer, and the number of each channel."""
+        if ends:
+            ids, numbers = torch.cat([vertex.ids for vertex, _ in ends]), torch.cat([number for _, number in ends])
+            first = torch.full((int(numbers.max()) + 1,), self.total)
+            first.scatter_reduce_(0, numbers, ids, "amin")
+            self.couple(first[numbers], ids, "")
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """Keep these channels, and whatever is coupled with them."""

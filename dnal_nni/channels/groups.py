@@ -17,6 +17,7 @@ from ..modules.adapters import adapt
 from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
+from .dependency import Dependencies, Graph
 from .graph import VertexKey, varying_axes
 from .trace import Trace
 from .work import shares
@@ -98,6 +99,7 @@ class ChannelGroup:
         frozen: why the group is left whole, or None.
         least: units that must stay.
         most: candidates that may stay at the end of a search; None: all.
+        source: what a reason says of the graph that the group is from, where that is not ours.
     """
 
     name: str
@@ -111,6 +113,7 @@ class ChannelGroup:
     least: int = 1
     most: int | None = None
     parts: tuple[Part, ...] = ()
+    source: str = ""
 
     @property
     def choice(self) -> bool:
@@ -148,14 +151,25 @@ def trace(model: nn.Module, dummy_input: Any) -> Trace:
     return result
 
 
-def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
+def find_groups(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list[ChannelGroup]:
     """All channel groups of ``model``, in the order of their root layers; those that must stay whole say why.
 
     Args:
         model: any module; it is not changed.
         dummy_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        graph: None: the operations of the model are followed. "torch-pruning": its dependency graph is built, and read;
+            or such a graph, built of this very model.
     """
-    traced = trace(model, dummy_input)
+    traced = trace(model, dummy_input) if graph is None else Dependencies(model, dummy_input, graph)
+    groups = _grouped(traced)
+    for group in groups if graph is not None else ():
+        group.source = " (by torch-pruning's graph)"
+        group.frozen = group.frozen and group.frozen + group.source
+    return groups + _choice_groups(traced.model)
+
+
+def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
+    """The groups of channels that a graph amounts to."""
     graph = traced.graph
     for vertex in graph.vertices.values():
         reason = _uncuttable(traced.model, vertex.path) if vertex.dim is None else None
@@ -189,7 +203,7 @@ def find_groups(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     for group in groups:
         if names.count(group.name) > 1:
             group.name = f"{group.name}[{_first_channel(group)}:]"
-    return groups + _choice_groups(traced.model)
+    return groups
 
 
 def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
@@ -211,7 +225,7 @@ def _choice_groups(model: nn.Module) -> list[ChannelGroup]:
     ]
 
 
-def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
+def groups_of(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list[ChannelGroup]:
     """:func:`find_groups` for a user's model and input: a :class:`DNALError` says what is wrong with them."""
     if any(x.numel() == 0 for x in flatten_tensors(dummy_input)):
         raise DNALError("the dummy_input has no elements: give it a batch of at least one")
@@ -224,7 +238,7 @@ def groups_of(model: nn.Module, dummy_input: Any) -> list[ChannelGroup]:
     if returned and not any(bool(out.isfinite().any()) for out in returned):
         raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
     try:
-        return find_groups(model, dummy_input)
+        return find_groups(model, dummy_input, graph)
     except FORWARD_ERRORS as error:
         raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
 
@@ -246,7 +260,7 @@ def _uncuttable(model: nn.Module, path: str) -> str | None:
 
 
 def _make_group(
-    traced: Trace, slots: list[_Slot], units: list[int], frozen: dict[int, str]
+    traced: Trace | Dependencies, slots: list[_Slot], units: list[int], frozen: dict[int, str]
 ) -> tuple[ChannelGroup, dict[int, int]]:
     """The group of these units of the graph, and the number that each has in it."""
     sources = [slot for slot in slots if slot.key in traced.graph.producers]
@@ -306,14 +320,14 @@ def _add_parts(traced: Trace, labels: np.ndarray, made: list[tuple[ChannelGroup,
         made[i][0].parts = tuple(entries)
 
 
-def _stored_sizes(traced: Trace, labels: np.ndarray) -> list[_Slot]:
+def _stored_sizes(traced: Trace | Dependencies, labels: np.ndarray) -> list[_Slot]:
     """Numbers that modules keep about channels that can go: ``num_heads``, the sizes of a split, a static width.
 
     A number that a forward handed to an operation, and that counts labelled positions there, is looked up among the
     integer attributes of the module whose forward it was. Whether it is the right one is decided by verification.
     """
     found: dict[VertexKey, _Slot] = {}
-    for stored in traced.flow.stored_sizes:
+    for stored in traced.stored_sizes:
         if varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
             continue
         line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.layers import Layer, RMSNorm, layer_of
 from ..modules.running import call, flatten_tensors
-from .flow import Flow, Labels, axes_of, lay
+from .flow import Flow, Labels, StoredSize, axes_of, lay
 from .graph import CouplingGraph, Vertex
 from .rules.dispatch import run
 from .work import Work, note
@@ -47,14 +47,13 @@ class Trace(TorchDispatchMode):
         self._arrived: list[tuple[Tensor | None, Labels | None]] = []
         self._paths = {id(module): name for name, module in model.named_modules()}
         self._layers = {name: layer for name, module in model.named_modules() if (layer := layer_of(module))}
-        self._tensors: dict[int, str] = {}
-        self._tied: set[str] = set()
-        for path, module in model.named_modules():  # each once, under the first of its names
-            for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
-                if id(tensor) in self._tensors:
-                    self._tied |= {name, self._tensors[id(tensor)]}
-                self._tensors.setdefault(id(tensor), name)
+        self._tensors, self._tied = names_of_tensors(model)
         self._leaf_labels: dict[int, Labels | None] = {}
+
+    @property
+    def stored_sizes(self) -> list[StoredSize]:
+        """Numbers that forwards passed to operations, and the channels that they count."""
+        return self.flow.stored_sizes
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -142,7 +141,7 @@ class Trace(TorchDispatchMode):
         per_channel = bool(units) and bool(torch.isin(units["in"], units["out"]).any())
         if "in" in ends:
             if units and ends["in"].key not in self.graph.sites:
-                self._couple_units([(ends[side], numbers) for side, numbers in units.items()])
+                self.graph.couple_units([(ends[side], numbers) for side, numbers in units.items()])
             place = axis % x.dim()
             passed = self._read(ends["in"], x, labels, place, layer.apart(x.dim(), place))
             self.graph.read_by(ends["in"], labels.site if labels is not None else None)
@@ -155,12 +154,6 @@ class Trace(TorchDispatchMode):
             made = [lay(ends["out"].ids, axis % out.dim(), out.dim())] if widths["out"] > 1 else []
             self.flow.put(out, [*made, *passed], labels.site if zero and labels else None)
 
-    def _couple_units(self, ends: list[tuple[Vertex, Tensor]]) -> None:
-        """Let channels of one number stand and fall together."""
-        ids, numbers = torch.cat([vertex.ids for vertex, _ in ends]), torch.cat([number for _, number in ends])
-        first = torch.full((int(numbers.max()) + 1,), self.graph.total)
-        first.scatter_reduce_(0, numbers, ids, "amin")
-        self.graph.couple(first[numbers], ids, "")
 
     def _passing(
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor
@@ -176,7 +169,7 @@ class Trace(TorchDispatchMode):
             return
         passed = self._read(vertex, x, labels, axis, layer.apart(x.dim(), axis))
         if units := layer.units(module):
-            self._couple_units([(vertex, units["both"])])
+            self.graph.couple_units([(vertex, units["both"])])
         site = labels.site if labels is not None and layer.zero == "input" else None
         if layer.zero == "affine" and getattr(module, "weight", None) is not None and not passed:
             site = frozenset([path])
@@ -227,3 +220,15 @@ class Trace(TorchDispatchMode):
                 vertex = self.graph.vertex(name, "both", size, dim)
                 arrays.append(lay(vertex.ids, dim, tensor.dim()))
         return Labels(tensor.shape, tuple(arrays), None) if arrays else None
+
+
+def names_of_tensors(model: nn.Module) -> tuple[dict[int, str], set[str]]:
+    """The first name of every parameter and buffer, by its id; and all names of those that have several."""
+    first: dict[int, str] = {}
+    tied: set[str] = set()
+    for path, module in model.named_modules():  # each once, under the first of its names
+        for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
+            if id(tensor) in first:
+                tied |= {name, first[id(tensor)]}
+            first.setdefault(id(tensor), name)
+    return first, tied

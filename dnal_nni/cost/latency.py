@@ -100,7 +100,7 @@ def _fit(layer: nn.Module, x: Tensor) -> LayerLatency:
     assert kind is not None
     if not kind.mixes:
         return LayerLatency(0.0, 0.0, _fastest(layer, x), 0.0)
-    moves = {side for name in kind.tensors for side in kind.grows_with(layer, name)}
+    moves = kind.moves(layer)
     has_in, has_out = "in" in moves, "out" in moves
     rows, times = [], []
     for a, b in itertools.product(FRACTIONS if has_in else (1.0,), FRACTIONS if has_out else (1.0,)):
@@ -114,8 +114,8 @@ def _fit(layer: nn.Module, x: Tensor) -> LayerLatency:
 
 def _narrow(layer: nn.Module, kind: Layer, a: float, b: float) -> tuple[nn.Module, float, float]:
     """A layer with the first inputs and outputs (of every group) of itself, and the fractions that these are."""
-    # the tensors are shared until they are cut
-    narrow = copy.deepcopy(layer, {id(p): p for p in layer.parameters(recurse=False)})
+    # the tensors are shared until they are cut, where it is known how
+    narrow = copy.deepcopy(layer, {id(p): p for p in layer.parameters(recurse=False)} if kind.tensors else {})
     widths, units = kind.widths(layer), kind.units(layer)
     keep = {}
     for side, fraction in zip(MIXED, (a, b)):

@@ -219,7 +219,7 @@ def _layer_terms(
             both = into if "in" in sides else 0, out if "out" in sides else 0
             terms.append(Term(path, flops * share, weight.numel(), time.by_both * share, both))
         terms.append(Term(path, 0.0, layer.vectors(module, "out"), time.by_out, (out,)))
-        if into and any("in" in layer.grows_with(module, name) for name in layer.tensors):
+        if into and "in" in layer.moves(module):
             terms.append(Term(path, 0.0, layer.vectors(module, "in"), time.by_in, (into,)))
     return terms
 

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import DNALError
-
 Side = Literal["out", "in", "both", "size", "choice"]
 """Output or input channels of a layer that mixes them; "both" for layers and tensors that channels pass through; "size"
 for a number that a module keeps about its channels, such as ``num_heads``; "choice" for the units of a
@@ -60,6 +58,7 @@ class Layer:
             which the layer treats every position by itself, with no statistics over them.
         zero: what makes an output channel of a layer of one side zero: "affine" where its weight and bias are, "input"
             where its input is; None: nothing that is known of.
+        opaque: whether it is not known what the layer does: it may sum over channels that pass, and is gated ahead too.
     """
 
     tensors: Mapping[str, Mapping[Side, int]]
@@ -67,6 +66,7 @@ class Layer:
     axis: int = 1
     apart: Callable[[int, int], Collection[int]] = lambda dims, axis: ()
     zero: Literal["affine", "input"] | None = None
+    opaque: bool = False
 
     @property
     def sides(self) -> list[Side]:
@@ -97,6 +97,10 @@ class Layer:
     def grows_with(self, module: nn.Module, name: str) -> Collection[Side]:
         """The sides with which the size of a tensor grows in proportion."""
         return self.tensors.get(name, {})
+
+    def moves(self, module: nn.Module) -> set[Side]:
+        """The sides with which any of the tensors grows."""
+        return {side for name in self.tensors for side in self.grows_with(module, name)}
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors in which channels meet: those with more than one dimension."""
@@ -135,6 +139,10 @@ class Layer:
     def state(self, module: nn.Module) -> dict[str, int]:
         """The attributes that a cut changes."""
         return {name: _number(getattr(module, name)) for name in self.sizes}
+
+    def numbers(self, module: nn.Module) -> dict[str, Any]:
+        """Numbers that a cut may change too, by dotted name inside of the module: ints, or lists of ints."""
+        return {}
 
     def set_size(self, module: nn.Module, name: str, size: int) -> None:
         """Set an attribute of :meth:`state`."""
@@ -318,55 +326,12 @@ def mixing(module: nn.Module) -> bool:
     return layer is not None and layer.mixes
 
 
-def register_layer(
-    kind: type[nn.Module],
-    tensors: Mapping[str, Mapping[Side, int]],
-    sizes: Mapping[str, Side],
-    axis: int,
-) -> Callable[[], None]:
-    """Let modules of a class, and of those derived from it, be read as one layer: cut, saved, loaded, counted.
-
-    For a module whose parameters its own forward uses in ways that cannot be followed operation by operation. A cut is
-    compared with the gated network like any other: where the record is not right, the layer is left whole.
-
-    Args:
-        kind: the class. Its forward takes one tensor and returns one, with the channels along the same dimension.
-        tensors: by name of a parameter or buffer, the dimension along which each side's channels lie. Sides: "in" and
-            "out" of a layer whose outputs are made of all inputs; "both" where channels pass through one by one. For
-            example ``{"u": {"in": 1}, "v": {"out": 0}, "bias": {"out": 0}}``.
-        sizes: by name of an int attribute that counts channels, the side that it counts; every side needs one, as
-            ``{"in_channels": "in", "out_channels": "out"}``.
-        axis: dimension of the channels in input and output: from the front, or, negative, from the end.
-
-    Returns:
-        a function that takes it back.
-
-    Raises:
-        DNALError: the description fits no layer; says what is missing.
-    """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise DNALError(f"register_layer({kind!r}): pass a subclass of torch.nn.Module")
-    where, allowed = f"register_layer({kind.__name__})", ("in", "out", "both")
-    for name, dims in tensors.items():
-        for side, dim in dims.items():
-            if side not in allowed or type(dim) is not int or dim < 0:
-                raise DNALError(f"{where}: tensors[{name!r}] has {side!r}: {dim!r}; sides: {allowed}, dimensions >= 0")
-    layer = Layer({name: dict(dims) for name, dims in tensors.items()}, dict(sizes), axis)
-    if not layer.sides or ("both" in layer.sides and len(layer.sides) > 1):
-        raise DNALError(f"{where}: tensors has the sides {layer.sides}: a layer has 'in' and 'out', or 'both' alone")
-    for side in layer.sides:
-        if list(sizes.values()).count(side) != 1:
-            raise DNALError(f"{where}: sizes needs one attribute that counts {side!r}, as {{'channels': {side!r}}}")
-    before = _KINDS.get(kind)
-    _KINDS[kind] = layer
-
-    def undo() -> None:
-        if before is None:
-            _KINDS.pop(kind, None)
-        else:
-            _KINDS[kind] = before
-
-    return undo
+def set_kind(kind: type[nn.Module], layer: Layer | None) -> None:
+    """Give modules of a class a record, or take it from them."""
+    if layer is None:
+        _KINDS.pop(kind, None)
+    else:
+        _KINDS[kind] = layer
 
 
 def whole_groups(conv: Any) -> bool:

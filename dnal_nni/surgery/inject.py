@@ -74,7 +74,7 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 choice.attach(gates[group.name])
             if group.site == "norm" and member.path in group.norms:
                 norms[member.path].append((member, gates[group.name]))
-            elif group.site == "input" and member.side == "in":
+            elif group.site == "input" and _gated_ahead(model, member):
                 inputs[member.path].append((member, gates[group.name]))
             if member.axis is not None and masked_statistics(model.get_submodule(member.path)):
                 statistics[member.path].append((member, gates[group.name]))
@@ -101,6 +101,13 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
         dim = layer.input_axis(consumer)
         consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
         consumer.register_forward_pre_hook(_gate_input)
+
+
+def _gated_ahead(model: nn.Module, member: Member) -> bool:
+    if member.side != "both" or member.bare:
+        return member.side == "in"
+    layer = layer_of(model.get_submodule(member.path))
+    return layer is not None and layer.opaque
 
 
 def _shorten(parametrized: type[nn.Module], name: str) -> None:

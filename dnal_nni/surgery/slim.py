@@ -81,7 +81,10 @@ def slim_twin(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             if bake(layer):
                 changes.baked.append(path)
             if kind := layer_of(layer):  # else it holds no tensors
+                before = kind.numbers(layer)
                 kind.cut(layer, {side: mask for (side, _), mask in sides.items()})
+                after = kind.numbers(layer).items()
+                changes.stored |= {f"{path}.{name}": number for name, number in after if number != before.get(name)}
     set_changes(slim, changes_of(slim).then(changes))  # a copy of a cut network says what went before
     return slim
 

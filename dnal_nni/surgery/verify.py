@@ -172,7 +172,7 @@ class _Verification:
 
     def _too_late(self, groups: Sequence[ChannelGroup]) -> None:
         for group in groups:
-            group.frozen = f"not verified within verify_seconds={self.seconds:g}"
+            group.frozen = f"not verified within verify_seconds={self.seconds:g}{group.source}"
 
     def _takes(self, inputs: Any) -> bool:
         """Whether the model itself runs on these inputs; if not, others take their place."""
@@ -287,7 +287,7 @@ class _Verification:
         else:  # it fails at times
             found = failure
             for group in active:
-                group.frozen = failure.reason
+                group.frozen = failure.reason + group.source
             return
         pending = [(list(active), found)]  # each fails beside those admitted
         while pending:
@@ -331,7 +331,7 @@ class _Verification:
                 admitted.append(group)
                 return
             group.site, group.least = "input" if site == "norm" else site, 1
-        group.frozen = failure.reason
+        group.frozen = failure.reason + group.source
 
     def _probe(self, groups: Sequence[ChannelGroup], failure: _Failure) -> _Failure | None:
         """Whether what failed fails for these groups."""

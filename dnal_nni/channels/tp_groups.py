@@ -1,0 +1,133 @@
+"""Our groups as torch-pruning's, for what is written for those: its criteria, and users' own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..modules.functions import FunctionLayer
+from ..modules.layers import Layer, layer_of
+from .dependency import torch_pruning
+from .groups import ChannelGroup, Member
+
+if TYPE_CHECKING:
+    from .dependency import Group
+
+
+def dependency_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Group]:
+    """Every group of channels that is not left whole, as a ``torch_pruning.Group`` over the modules of ``model``.
+
+    Item 0 is the root: the layer that the group is named after. ``idxs`` are channels of each layer, ``root_idxs`` the
+    places among the root's ``idxs`` that they go with: criteria return one score for each of those.
+    :func:`units_of_root` says which unit they belong to.
+    """
+    tp = torch_pruning()
+    graph = tp.DependencyGraph()
+    graph.model = model
+    graph._module2name = {module: name for name, module in model.named_modules()}
+    graph._param_to_name, graph.ignored_params = {p: name for name, p in model.named_parameters()}, []
+    graph.module2node = {}
+    return [_group(model, graph, group) for group in groups if group.frozen is None and not group.choice]
+
+
+def root_of(group: ChannelGroup) -> Member:
+    """The member whose channels criteria score."""
+    return next(m for m in group.members if m.path == group.producers[0] and m.side != "in")
+
+
+def units_of_root(group: ChannelGroup) -> Tensor:
+    """The unit of each channel of the root, int64 ``[width]``: usually one each."""
+    return root_of(group).units
+
+
+class _Record:
+    """A kind of layer of ours, in the form of torch-pruning's pruning functions."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.pruning_dim = layer.axis
+
+    def prune_out_channels(self, module: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return self._prune(module, "out" if self.layer.mixes else "both", idxs)
+
+    def prune_in_channels(self, module: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return self._prune(module, "in", idxs)
+
+    def _prune(self, module: nn.Module, side: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = torch.ones(self.layer.widths(module)[side], dtype=torch.bool)
+        keep[list(idxs)] = False
+        self.layer.cut(module, {side: keep})
+        return module
+
+    def get_out_channels(self, module: nn.Module) -> int | None:
+        widths = self.layer.widths(module)
+        return widths.get("out", widths.get("both"))
+
+    def get_in_channels(self, module: nn.Module) -> int | None:
+        widths = self.layer.widths(module)
+        return widths.get("in", widths.get("both"))
+
+
+def _group(model: nn.Module, graph: Any, group: ChannelGroup) -> Group:
+    tp = torch_pruning()
+    root = root_of(group)
+    result = tp.Group()
+    result._DG = graph
+    first = None
+    seen = set()
+    for member in (root, *group.members):
+        if member.side == "size":
+            continue
+        target = model.get_parameter(member.path) if _is_parameter(model, member) else None
+        if target is None and member.bare:
+            continue  # a buffer: torch-pruning has no node for those
+        node = _node(graph, model.get_submodule(member.path) if target is None else target, member)
+        functions = graph.get_pruner_of_module(node.module)
+        handler = functions.prune_in_channels if member.side == "in" else functions.prune_out_channels
+        if (node, handler) in seen:
+            continue
+        seen.add((node, handler))
+        first = first or (node, handler)
+        result.add_dep(tp.Dependency(first[1], handler, source=first[0], target=node), member.channels.tolist())
+        result[len(result) - 1].root_idxs = _root_places(root, member)
+    return result
+
+
+def _is_parameter(model: nn.Module, member: Member) -> bool:
+    owner, _, name = member.path.rpartition(".")
+    return member.bare and name in model.get_submodule(owner)._parameters
+
+
+def _node(graph: Any, module: Any, member: Member) -> Any:
+    """The node of a layer or parameter; one each, however many groups it is in."""
+    tp = torch_pruning()
+    if module not in graph.module2node:
+        layer = layer_of(module) if isinstance(module, nn.Module) else None
+        if isinstance(layer, FunctionLayer):
+            graph.register_customized_layer(type(module), layer.functions)
+        elif layer is not None and tp.ops.module2type(module) == tp.ops.OPTYPE.ELEMENTWISE:
+            graph.register_customized_layer(type(module), _Record(layer))
+        node = tp.dependency.node.Node(module, None, graph._module2name.get(module, member.path))
+        node.pruning_dim = -1 if member.dim is None else member.dim
+        graph.module2node[module] = node
+    return graph.module2node[module]
+
+
+def _root_places(root: Member, member: Member) -> list[int]:
+    """For every channel of a member, the place of the root's channel that it goes with.
+
+    Channels of one unit are dealt out in order: those of a flattened map lie side by side, and come from one.
+    """
+    order = np.argsort(root.units.numpy(), kind="stable")
+    of_root = np.bincount(root.units.numpy())
+    units = member.units.numpy()
+    counts = np.bincount(units, minlength=len(of_root))
+    rank = np.empty_like(units)
+    by_unit = np.argsort(units, kind="stable")
+    rank[by_unit] = np.arange(len(units)) - np.repeat(counts.cumsum() - counts, counts)
+    places: list[int] = order[(of_root.cumsum() - of_root)[units] + rank * of_root[units] // counts[units]].tolist()
+    return places
