@@ -8,6 +8,7 @@ layer: the units are the connected components, as in our own graph.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ class Dependencies:
         self.stored_sizes: list[StoredSize] = []
         self.works: list[Work] = []
         self._shapes = _Shapes(model, dummy_input)
-        if isinstance(graph, str):
+        if isinstance(graph, str) and graph == GRAPH:
             model = clone(model)  # which is run with gradients; and its nodes hold what the run computed
             graphs = _built(model, dummy_input, self._shapes, deadline)
         else:
@@ -74,9 +75,10 @@ class Dependencies:
         self._finish()
 
     def _register(self, graph: DependencyGraph) -> None:
-        """Let modules that the graph has pruning functions for be cut by them."""
+        """Let modules that the graph has pruning functions for be cut by them, but for torch's own layers."""
         for kind, functions in graph.CUSTOMIZED_PRUNERS.items():
-            if isinstance(kind, type) and isinstance(kinds().get(kind), (FunctionLayer, type(None))):
+            own = not isinstance(kind, type) or kind.__module__.startswith("torch.nn.")
+            if not own and isinstance(kinds().get(kind), (FunctionLayer, type(None))):
                 axes = [axis for name in self._shapes.of(kind) if (axis := self._axis(name, functions)) is not None]
                 set_kind(kind, FunctionLayer({}, {}, max(axes, default=1), opaque=True, functions=functions))
 
@@ -138,10 +140,9 @@ class _Shapes:
         self.returned: set[str] = set()
         self._classes = {name: type(module) for name, module in model.named_modules()}
         model = clone(model)
-        self._paths = {module: name for name, module in model.named_modules()}
         self._made: Any = WeakIdKeyDictionary()
-        for module in model.modules():
-            module.register_forward_hook(self._look, with_kwargs=True)
+        for name, module in model.named_modules():
+            module.register_forward_hook(functools.partial(self._look, name), with_kwargs=True)
         with seeded(model), torch.no_grad():
             self._run(model.eval(), dummy_input)
             self.eval = set(self.inputs)
@@ -155,8 +156,7 @@ class _Shapes:
             if (path := self._made.get(tensor)) is not None:
                 self.returned.add(path)
 
-    def _look(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        path = self._paths[module]
+    def _look(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         for shapes, tensors in ((self.inputs, [*args, *kwargs.values()]), (self.outputs, [out])):
             first = next(flatten_tensors(tensors), None)
             if first is not None:

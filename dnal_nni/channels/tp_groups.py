@@ -80,12 +80,10 @@ def _group(model: nn.Module, graph: Any, group: ChannelGroup) -> Group:
     first = None
     seen = set()
     for member in (root, *group.members):
-        if member.side == "size":
+        target = _target(model, member)
+        if target is None:
             continue
-        target = model.get_parameter(member.path) if _is_parameter(model, member) else None
-        if target is None and member.bare:
-            continue  # a buffer: torch-pruning has no node for those
-        node = _node(graph, model.get_submodule(member.path) if target is None else target, member)
+        node = _node(graph, target, member)
         functions = graph.get_pruner_of_module(node.module)
         handler = functions.prune_in_channels if member.side == "in" else functions.prune_out_channels
         if (node, handler) in seen:
@@ -97,9 +95,14 @@ def _group(model: nn.Module, graph: Any, group: ChannelGroup) -> Group:
     return result
 
 
-def _is_parameter(model: nn.Module, member: Member) -> bool:
+def _target(model: nn.Module, member: Member) -> nn.Module | nn.Parameter | None:
+    """The layer or parameter; None for what torch-pruning has no node for: buffers, sizes, layers without tensors."""
     owner, _, name = member.path.rpartition(".")
-    return member.bare and name in model.get_submodule(owner)._parameters
+    if member.bare:
+        return model.get_submodule(owner)._parameters.get(name)
+    if member.side == "size" or layer_of(model.get_submodule(member.path)) is None:
+        return None
+    return model.get_submodule(member.path)
 
 
 def _node(graph: Any, module: Any, member: Member) -> Any:
