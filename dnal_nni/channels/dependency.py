@@ -8,16 +8,14 @@ layer: the units are the connected components, as in our own graph.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import DNALError
 from ..modules.functions import FunctionLayer
@@ -25,6 +23,7 @@ from ..modules.layers import Layer, RMSNorm, Side, kinds, layer_of, set_kind
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
 from .flow import StoredSize
 from .graph import CouplingGraph, Vertex
+from .shapes import Shapes
 from .trace import names_of_tensors
 from .work import Work
 
@@ -52,6 +51,7 @@ class Dependencies:
         model: the model whose modules they are, by path.
         graph: the coupling graph.
         channel_dims: for every norm, its channel dimension, counted from the end.
+        ends: by path, the sides of the layers that were met.
     """
 
     def __init__(self, model: nn.Module, dummy_input: Any, graph: DependencyGraph | Literal["torch-pruning"]) -> None:
@@ -61,14 +61,14 @@ class Dependencies:
         # torch-pruning knows nothing of the sizes that modules store, nor of the work that is done between layers
         self.stored_sizes: list[StoredSize] = []
         self.works: list[Work] = []
-        self._shapes = _Shapes(model, dummy_input)
+        self._shapes = Shapes(model, dummy_input)
         if isinstance(graph, str) and graph == GRAPH:
             model = clone(model)  # which is run with gradients; and its nodes hold what the run computed
             graphs = _built(model, dummy_input, self._shapes, deadline)
         else:
             check_graph(graph, model, self._shapes)
             graphs = [graph]
-        self._vertices: dict[str, dict[Side, Vertex]] = {}
+        self.ends: dict[str, dict[Side, Vertex]] = {}
         for source in graphs:
             self._register(source)
             _Walk(self, source, model, deadline).run()
@@ -90,17 +90,17 @@ class Dependencies:
 
     def vertices(self, path: str, layer: Layer) -> dict[Side, Vertex]:
         """The sides of a layer; made, and coupled among themselves as its kind demands, at first use."""
-        if path not in self._vertices:
+        if path not in self.ends:
             module = self.model.get_submodule(path)
             ends = {side: self.graph.vertex(path, side, width) for side, width in layer.widths(module).items()}
-            self._vertices[path] = ends
+            self.ends[path] = ends
             units = layer.units(module)
             self.graph.couple_units([(ends[side], numbers) for side, numbers in units.items()])
             if "out" in ends and not ("in" in units and bool(torch.isin(units["in"], units["out"]).any())):
                 self.graph.producers.add(ends["out"].key)
             if "both" in ends:
                 self._place(path, module, layer, ends["both"])
-        return self._vertices[path]
+        return self.ends[path]
 
     def _place(self, path: str, module: nn.Module, layer: Layer, vertex: Vertex) -> None:
         """Note the channel dimension of what channels pass through."""
@@ -124,52 +124,7 @@ class Dependencies:
                 self.graph.freeze(vertex.ids, "the model returns these channels")
 
 
-class _Shapes:
-    """What passes through every module, of a run in eval mode and of one in train mode, where the model has that.
-
-    Attributes:
-        inputs: by path, the shapes of the first tensor of every call.
-        outputs: by path, those of the first tensor returned.
-        eval: paths of the modules that ran in eval mode.
-        returned: paths of modules whose output the model returns.
-    """
-
-    def __init__(self, model: nn.Module, dummy_input: Any) -> None:
-        self.inputs: dict[str, list[torch.Size]] = defaultdict(list)
-        self.outputs: dict[str, list[torch.Size]] = defaultdict(list)
-        self.returned: set[str] = set()
-        self._classes = {name: type(module) for name, module in model.named_modules()}
-        model = clone(model)
-        self._made: Any = WeakIdKeyDictionary()
-        for name, module in model.named_modules():
-            module.register_forward_hook(functools.partial(self._look, name), with_kwargs=True)
-        with seeded(model), torch.no_grad():
-            self._run(model.eval(), dummy_input)
-            self.eval = set(self.inputs)
-            try:
-                self._run(model.train(), dummy_input)
-            except FORWARD_ERRORS:
-                pass  # detection models want targets there
-
-    def _run(self, model: nn.Module, dummy_input: Any) -> None:
-        for tensor in flatten_tensors(call(model, dummy_input)):
-            if (path := self._made.get(tensor)) is not None:
-                self.returned.add(path)
-
-    def _look(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        for shapes, tensors in ((self.inputs, [*args, *kwargs.values()]), (self.outputs, [out])):
-            first = next(flatten_tensors(tensors), None)
-            if first is not None:
-                shapes[path].append(first.shape)
-        if first is not None and first not in self._made:  # the innermost
-            self._made[first] = path
-
-    def of(self, kind: type[nn.Module]) -> list[str]:
-        """Paths of the modules of exactly this class that ran."""
-        return [path for path, cls in self._classes.items() if cls is kind and path in self.inputs]
-
-
-def _built(model: nn.Module, dummy_input: Any, shapes: _Shapes, deadline: float) -> list[DependencyGraph]:
+def _built(model: nn.Module, dummy_input: Any, shapes: Shapes, deadline: float) -> list[DependencyGraph]:
     """torch-pruning's graph of a copy: of its eval mode, and of its train mode where other modules run there."""
     name = type(model).__name__
     for parameter in model.parameters():
@@ -210,7 +165,7 @@ def _check_time(deadline: float, what: str) -> None:
         raise DNALError(f"{what} within {SECONDS:g} seconds: {REMEDY}, or pass a smaller dummy_input")
 
 
-def check_graph(graph: Any, model: nn.Module, shapes: _Shapes) -> None:
+def check_graph(graph: Any, model: nn.Module, shapes: Shapes) -> None:
     """Raise where this is no graph of the model as it is now, run on input of the same shape."""
     if not isinstance(graph, torch_pruning().DependencyGraph) or not hasattr(graph, "module2node"):
         raise DNALError(
@@ -223,7 +178,7 @@ def check_graph(graph: Any, model: nn.Module, shapes: _Shapes) -> None:
     present = {*paths, *map(id, model.parameters())}
     cut = bool(graph.pruning_history())
     for module, node in graph.module2node.items():
-        if isinstance(module, nn.Parameter) or module in graph._module2name:
+        if not type(module).__module__.startswith("torch_pruning"):  # of an operation
             cut = cut or id(module) not in present
         layer, path = layer_of(module) if isinstance(module, nn.Module) else None, paths.get(id(module))
         if cut or layer is None or path is None or not shapes.outputs[path]:
@@ -241,6 +196,13 @@ def check_graph(graph: Any, model: nn.Module, shapes: _Shapes) -> None:
             )
     if cut:
         raise DNALError(f"graph= was built ahead of a cut of the model: {again}")
+
+
+class _Index(NamedTuple):
+    """What torch-pruning's maps take, and make of it: a channel, and the one that it comes from."""
+
+    idx: int
+    root_idx: int
 
 
 class _Walk:
@@ -272,7 +234,7 @@ class _Walk:
                     self._follow(node, function, channels, dependency)
         for node in nodes:
             path = self.paths.get(id(node.module))
-            if path in self.into._vertices and "in" in (ends := self.into._vertices[path]):
+            if path in self.into.ends and "in" in (ends := self.into.ends[path]):
                 graph.read_by(ends["in"], self._site(node))
 
     def _open(self, node: Any) -> None:
@@ -294,7 +256,7 @@ class _Walk:
                     found = {into: ends.get("in", ends.get("both")), out: ends.get("out", ends.get("both"))}
             elif functions.get_out_channels(module) is not None:
                 found = {into: None, out: None}  # one layer to torch-pruning, and none to us
-        elif module.__class__.__name__ == "_OutputOp":
+        elif node.type == torch_pruning().ops.OPTYPE.OUTPUT:
             found = {into: None}
         for function, vertex in found.items():
             self.ports[id(node), function] = vertex
@@ -329,7 +291,7 @@ class _Walk:
         target, handler = dependency.target, dependency.handler
         ids = self._ids(node, function, here)
         fixed = f"torch-pruning's graph gives {target.name.partition(' ')[0]} channels that it does not have"
-        if target.module.__class__.__name__ == "_OutputOp":
+        if target.type == torch_pruning().ops.OPTYPE.OUTPUT:
             fixed = "the model returns these channels"
         known = self._reached(target, handler, there)
         self.into.graph.couple(torch.from_numpy(ids), torch.from_numpy(known), fixed)
@@ -340,12 +302,11 @@ class _Walk:
         maps = [mapping for mapping in dependency.index_mapping if mapping is not None]
         if not maps:
             return channels, channels
-        index = torch_pruning()._helpers._HybridIndex
-        items = [index(idx=channel, root_idx=channel) for channel in channels.tolist()]
+        items: list[Any] = [_Index(channel, channel) for channel in channels.tolist()]
         for mapping in maps:
             mapped = mapping(items)
             if any(item.root_idx is None for item in mapped):  # of grouped queries: one for one, in order
-                mapped = [index(idx=new.idx, root_idx=old.root_idx) for old, new in zip(items, mapped)]
+                mapped = [_Index(new.idx, old.root_idx) for old, new in zip(items, mapped)]
             items = mapped
         return np.array([i.root_idx for i in items], dtype=np.int64), np.array([i.idx for i in items], dtype=np.int64)
 

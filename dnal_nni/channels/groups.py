@@ -303,7 +303,9 @@ def _make_group(
     return group, number
 
 
-def _add_parts(traced: Trace, labels: np.ndarray, made: list[tuple[ChannelGroup, dict[int, int]]]) -> None:
+def _add_parts(
+    traced: Trace | Dependencies, labels: np.ndarray, made: list[tuple[ChannelGroup, dict[int, int]]]
+) -> None:
     """Tell every group which operations outside of layers its channels take part in."""
     place = {unit: (i, local) for i, (_, number) in enumerate(made) for unit, local in number.items()}
     parts: dict[int, list[Part]] = defaultdict(list)

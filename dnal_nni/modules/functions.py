@@ -131,7 +131,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         known = {*nn.Module().__dict__, *(layer.state(inner) if layer else ())}
         for name, value in vars(inner).items():
             if name not in known and (value is None or isinstance(value, (bool, int, float, str, tuple, list))):
-                found[f"{path}.{name}" if path else name] = value
+                found[f"{path}.{name}" if path else name] = copy.copy(value)
     return found
 
 

@@ -51,8 +51,10 @@ def register_layer(
         return _set(kind, _described(where, tensors or {}, sizes or {}, axis))
     if tensors or sizes:
         raise DNALError(f"{where}: give tensors and sizes, or functions, not both")
+    if isinstance(functions, type):
+        raise DNALError(f"{where}: functions={functions.__name__} is a class: pass an object of it")
     if missing := [name for name in _FUNCTIONS if not callable(getattr(functions, name, None))]:
-        raise DNALError(f"{where}: functions={functions!r} has no {missing[0]}(): pass an object, not its class")
+        raise DNALError(f"{where}: functions={functions!r} has no {missing[0]}()")
     return _set(kind, FunctionLayer({}, {}, axis, opaque=True, functions=functions))
 
 

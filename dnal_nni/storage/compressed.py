@@ -26,7 +26,9 @@ FORMAT = "dnal_nni/1"
 
 
 def _layers(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
-    return {path: layer for path, module in modules.items() if (layer := layer_of(module))}
+    """The layers that have sizes: those that only a user's functions know keep numbers of their own."""
+    found = {path: layer for path, module in modules.items() if (layer := layer_of(module))}
+    return {path: layer for path, layer in found.items() if layer.state(modules[path])}
 
 
 def _sizes(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
