@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 import torchvision
+from cifar_models import MODELS
 from torch import Tensor, nn
 
 from dnal_nni import DNALError
@@ -28,7 +30,7 @@ CRITERIA: dict[str, Callable[[], Any]] = {
     "Hessian": tp.importance.HessianImportance,
 }
 TEN = (
-    "alexnet vgg11_bn resnet18 squeezenet1_1 mnasnet0_5 mobilenet_v2 mobilenet_v3_small efficientnet_b0 resnet50"
+    "vgg16_bn resnet20 resnet18 squeezenet1_1 mnasnet0_5 mobilenet_v2 mobilenet_v3_small efficientnet_b0 lcnet_050"
     " densenet"
 ).split()
 
@@ -37,6 +39,8 @@ def network(name: str) -> nn.Module:
     """In float64, its weights small whole numbers times powers of 2: torch-pruning adds float32, in another order."""
     torch.manual_seed(0)
     model = {
+        **{name: (lambda build=build: build(10, 0.5)) for name, build in MODELS.items()},
+        "lcnet_050": lambda: timm.create_model("lcnet_050", num_classes=10),
         "densenet": lambda: torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=10),
     }.get(name, lambda: torchvision.models.get_model(name, weights=None, num_classes=10))()
     for parameter in model.double().eval().parameters():
@@ -49,7 +53,7 @@ def network(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", TEN)
 def test_scores_are_torch_prunings_own_on_ten_networks(name: str) -> None:
     model = network(name)
-    x, labels = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 7])
+    x, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([3, 7])
     graph = tp.DependencyGraph().build_dependency(model, x, verbose=False)
     groups = [g for g in find_groups(model, x) if g.frozen is None]
     for criterion_name, make in CRITERIA.items():
