@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DNALError
+from ..modules.adapters import adapt
 from ..modules.functions import FunctionLayer
 from ..modules.layers import Layer, RMSNorm, Side, kinds, layer_of, set_kind
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
 from .flow import StoredSize
 from .graph import CouplingGraph, Vertex
 from .shapes import Shapes
@@ -48,7 +49,7 @@ class Dependencies:
     """The couplings that torch-pruning's graph says there are.
 
     Attributes:
-        model: the model whose modules they are, by path.
+        model: a copy of the model, with the classes that its modules have while they are gated.
         graph: the coupling graph.
         channel_dims: for every norm, its channel dimension, counted from the end.
         ends: by path, the sides of the layers that were met.
@@ -56,14 +57,15 @@ class Dependencies:
 
     def __init__(self, model: nn.Module, dummy_input: Any, graph: DependencyGraph | Literal["torch-pruning"]) -> None:
         deadline = time.monotonic() + SECONDS
-        self.model, self.graph = model, CouplingGraph()
+        self.model, self.graph = twin(model), CouplingGraph()
+        adapt(self.model)
         self.channel_dims: dict[str, int] = {}
         # torch-pruning knows nothing of the sizes that modules store, nor of the work that is done between layers
         self.stored_sizes: list[StoredSize] = []
         self.works: list[Work] = []
-        self._shapes = Shapes(model, dummy_input)
+        self._shapes = Shapes(self.model, dummy_input)
         if isinstance(graph, str) and graph == GRAPH:
-            model = clone(model)  # which is run with gradients; and its nodes hold what the run computed
+            model = twin(self.model)  # which is run with gradients; and its nodes hold what the run computed
             graphs = _built(model, dummy_input, self._shapes, deadline)
         else:
             check_graph(graph, model, self._shapes)
@@ -87,6 +89,10 @@ class Dependencies:
         width = functions.get_in_channels(self.model.get_submodule(path))
         shapes = self._shapes.inputs[path]
         return next((axis for axis in (1, -1) if all(len(s) > 1 and s[axis] == width for s in shapes)), None)
+
+    def layer(self, path: str) -> Layer | None:
+        """The record of a module's kind."""
+        return layer_of(self.model.get_submodule(path))
 
     def vertices(self, path: str, layer: Layer) -> dict[Side, Vertex]:
         """The sides of a layer; made, and coupled among themselves as its kind demands, at first use."""
@@ -247,7 +253,7 @@ class _Walk:
             if not any(module is ignored for ignored in self.source.ignored_params):
                 found[out] = self._parameter(tensor, module, node.pruning_dim % module.dim())
         elif path is not None:
-            layer = layer_of(module)
+            layer = self.into.layer(path)
             if layer is not None:
                 ends = self.into.vertices(path, layer)
                 if into == out:
@@ -341,7 +347,7 @@ class _Walk:
                 continue
             seen.add(id(before))
             module, path = before.module, self.paths.get(id(before.module))
-            layer = layer_of(module) if path is not None else None
+            layer = self.into.layer(path) if path is not None else None
             if path is None or layer is None:
                 if id(module) in self.tensors:
                     return None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
 
 
 class Shapes:
@@ -28,7 +28,7 @@ class Shapes:
         self.outputs: dict[str, list[torch.Size]] = defaultdict(list)
         self.returned: set[str] = set()
         self._classes = {name: type(module) for name, module in model.named_modules()}
-        model = clone(model)
+        model = twin(model)
         self._made: Any = WeakIdKeyDictionary()
         for name, module in model.named_modules():
             module.register_forward_hook(functools.partial(self._look, name), with_kwargs=True)

@@ -79,6 +79,8 @@ class FunctionLayer(Layer):
             ValueError: the functions leave another number of channels, or change what no file of a cut network holds.
         """
         training, trained = module.training, {name: p.requires_grad for name, p in module.named_parameters()}
+        for parameter in module.parameters():
+            parameter.data = parameter.detach().clone()  # a twin shares its memory, into which functions may write
         before = _attributes(module)
         for side, mask in keep.items():
             prune = self.functions.prune_in_channels if side == "in" else self.functions.prune_out_channels
