@@ -27,10 +27,14 @@ def dependency_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[
     """
     tp = torch_pruning()
     graph = tp.DependencyGraph()
-    graph.model = model
-    graph._module2name = {module: name for name, module in model.named_modules()}
-    graph._param_to_name, graph.ignored_params = {p: name for name, p in model.named_parameters()}, []
-    graph.module2node = {}
+    # what build_dependency sets, but for the nodes' dependencies: those are in the groups
+    vars(graph).update(
+        model=model,
+        module2node={},
+        ignored_params=[],
+        _module2name={module: name for name, module in model.named_modules()},
+        _param_to_name={p: name for name, p in model.named_parameters()},
+    )
     return [_group(model, graph, group) for group in groups if group.frozen is None and not group.choice]
 
 
@@ -76,7 +80,7 @@ def _group(model: nn.Module, graph: Any, group: ChannelGroup) -> Group:
     tp = torch_pruning()
     root = root_of(group)
     result = tp.Group()
-    result._DG = graph
+    vars(result).update(_DG=graph)
     first = None
     seen = set()
     for member in (root, *group.members):
@@ -114,7 +118,7 @@ def _node(graph: Any, module: Any, member: Member) -> Any:
             graph.register_customized_layer(type(module), layer.functions)
         elif layer is not None and tp.ops.module2type(module) == tp.ops.OPTYPE.ELEMENTWISE:
             graph.register_customized_layer(type(module), _Record(layer))
-        node = tp.dependency.node.Node(module, None, graph._module2name.get(module, member.path))
+        node = tp.dependency.node.Node(module, None, member.path)
         node.pruning_dim = -1 if member.dim is None else member.dim
         graph.module2node[module] = node
     return graph.module2node[module]
