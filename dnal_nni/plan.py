@@ -16,6 +16,7 @@ from .cost.count import measure
 from .cost.latency import latencies
 from .cost.model import CostModel
 from .errors import DNALError
+from .progress import phase
 from .search.close import exact_cut
 from .search.importance import importance
 from .search.objective import Limits, Objective
@@ -87,16 +88,19 @@ class Plan:
         check_ungated(model)
         if selected is None:
             selected = dict.fromkeys((name for name, _ in model.named_modules()), Setting())
-        groups = groups_of(model, dummy_input)
+        with phase("reading which channels go together"):
+            groups = groups_of(model, dummy_input)
         asked = select(groups, selected, model)
-        _verify(model, groups, dummy_input, verify_seconds)
+        with phase("proving what can be cut"):
+            _verify(model, groups, dummy_input, verify_seconds)
         active = [group for group in groups if group.frozen is None]
         if not active:
             reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
             reasons = reasons or "it has no convolution or linear layer"
             raise DNALError(f"nothing in the model can be pruned ({reasons})")
         timed = budget is not None and budget.latency is not None
-        cost = CostModel(model, groups, dummy_input, timed and is_first())
+        with phase("timing every layer" if timed else "counting every layer"):
+            cost = CostModel(model, groups, dummy_input, timed and is_first())
         if timed:
             cost.load_latency_state(from_first(cost.latency_state))
         settings = [asked[group.name] for group in active]

@@ -24,6 +24,7 @@ from .budget import Complexity
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
 from .plan import Plan
+from .progress import phase
 from .report.record import GroupReport, Report, versions
 from .search.close import exact_cut, measured_cut, threshold_cut
 from .search.importance import importance
@@ -174,7 +175,8 @@ class Session:
             if self.last is None or self.last.done == 0:
                 raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")
             search = self.last
-            chosen = from_first(lambda: self._learned(search))
+            with phase("choosing what goes"):
+                chosen = from_first(lambda: self._learned(search))
         else:
             chosen = self._checked(keep)
         for group in self.plan.active:
@@ -224,8 +226,9 @@ class Session:
         """
         keep = self.harden() if self.keep is None else self.keep
         start = time.perf_counter()
-        slim = self.plan.slim(self.model, keep)
-        differences = from_first(lambda: check_equal(self.model, slim, self.plan.dummy_input))
+        with phase("cutting, and comparing with the gated network"):
+            slim = self.plan.slim(self.model, keep)
+            differences = from_first(lambda: check_equal(self.model, slim, self.plan.dummy_input))
         if self.last is not None and self.last.seconds is not None:
             self.seconds["search"] = self.last.seconds
         self.seconds["cut"] = time.perf_counter() - start

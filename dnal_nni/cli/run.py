@@ -192,17 +192,12 @@ class Run:
         optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4)
         kinds = {type(m).__name__ for m in model.modules() if mixing(m)}
         config = [{"op_types": sorted(kinds)}]
-        with phase("finding and proving what can be cut"):
-            pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=settings.budget())
+        pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=settings.budget())
         if state["epoch"] > 0:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             pruner.load_state_dict(state["pruner"])
         seconds = state["seconds"]
-        logger.info(
-            "searching: cost is the network's, every channel counted by its gate, as a fraction of the dense one's; "
-            "delta is how sharp the gates are: 0/1 at the end"
-        )
         with pruner.search(settings.search_epochs * len(self.train), optimizer=optimizer) as search:
             for epoch in range(state["epoch"], settings.search_epochs):
                 start = time.perf_counter()
@@ -222,8 +217,7 @@ class Run:
         return self.cut(pruner, before, seconds), 0.0
 
     def cut(self, pruner: DNALPruner, before: float | None, seconds: float) -> Report:
-        with phase("cutting, and comparing with the gated network"):
-            self.slim = pruner.speedup()
+        self.slim = pruner.speedup()
         with phase("estimating the norms' statistics anew"):
             update_bn(itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES), self.slim)
         report = pruner.report

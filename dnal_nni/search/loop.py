@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DNALError
 from ..modules.gates import GateState, ScaledSigmoidGate
+from ..progress import logger
 from ..surgery.inject import ungated
 from .leaves import Leaves, factors_of
 from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
@@ -129,6 +130,11 @@ class Search:
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:
             self.saved = {ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
+        logger.info(
+            "searching, %d steps: cost is the network's with every channel counted by its gate, as a fraction of the "
+            "dense one's; delta is how sharp the gates are, 0/1 at the end",
+            self.steps,
+        )
         hidden = not self.progress or not is_first()
         self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=hidden)
         for gate in self.gates:

@@ -369,10 +369,12 @@ def test_it_says_what_it_does(work: Path, capsys: Any) -> None:
     said = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", capsys.readouterr().err)]
     started = "no --weights were given: mynets:net starts with its own, random ones unless it loads some"
     assert started in said and started in read_report(work / "run").notes
-    for phase in ("finding and proving what can be cut", "cutting, and comparing with the gated network"):
+    phases = ["reading which channels go together", "proving what can be cut", "counting every layer"]
+    phases += ["choosing what goes", "cutting, and comparing with the gated network", "measuring the latency"]
+    for phase in phases:
         assert said.count(f"{phase} ...") == 1
         assert sum(bool(re.fullmatch(rf"{phase}: \d+\.\d s", line)) for line in said) == 1
-    assert any(line.startswith("searching: cost is ") and "; delta is " in line for line in said)
+    assert any(line.startswith("searching, 8 steps: cost is ") and "; delta is " in line for line in said)
     save_file(import_module("mynets").net().state_dict(), "net.safetensors")
     assert compress(*D, "--weights", "net.safetensors", out="trained") == 0
     assert "--weights were given" not in capsys.readouterr().err and not read_report(work / "trained").notes
