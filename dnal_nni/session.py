@@ -196,8 +196,11 @@ class Session:
             size = len(chosen[name])
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
                 raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}]")
-            if not bool(mask.any()) and least[name]:
-                raise DNALError(f"harden(keep): {name} would lose every channel; keep at least one")
+            if int(mask.sum()) < least[name]:
+                few = "lose every channel; keep at least one"
+                if least[name] > 1:
+                    few = f"keep {int(mask.sum())} channels, with which the model does not run; keep {least[name]}"
+                raise DNALError(f"harden(keep): {name} would {few}")
             chosen[name] = mask.detach().cpu().clone()
         return chosen
 

@@ -138,3 +138,20 @@ def test_errors_come_ahead_of_the_work(small: nn.Module, x: Tensor) -> None:
         session.speedup()
     with pytest.raises(DNALError, match="no report yet"):
         session.report  # noqa: B018
+
+
+def test_a_group_keeps_what_the_model_needs() -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.conv(x)).mean((2, 3), keepdim=True).squeeze())  # one channel: no dimension
+
+    model = Squeezed()
+    session = Session(model, Plan.of(model, torch.randn(2, 1, 8, 8)))
+    with pytest.raises(DNALError, match="conv would keep 1 channels, with which the model does not run; keep 2"):
+        session.harden({"conv": torch.arange(8) < 1})
+    session.harden({"conv": torch.arange(8) < 2})
+    assert session.speedup().conv.out_channels == 2

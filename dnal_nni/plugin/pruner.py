@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from ..surgery.inject import check_model, check_ungated, is_gated
 from . import config as selection
 from .evaluators import check_evaluator, example_input, search_within
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
+from .wrappers import leave_wrapped_norms, plain_names, without_wrappers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +40,7 @@ def _handed_on(
 
     @functools.wraps(method)
     def handed_on(pruner: DNALPruner, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with pruner.without_wrappers() if copies else contextlib.nullcontext():
+        with without_wrappers(pruner.bound_model) if copies else contextlib.nullcontext():
             return method(pruner.session, *args, **kwargs)
 
     return handed_on
@@ -120,7 +121,7 @@ class DNALPruner(Pruner):
         plan: Plan | None = None
         if dummy_input is not None:
             dummy_input = dummy_input if outputs is None else Example(dummy_input, outputs)
-            with self.without_wrappers():
+            with without_wrappers(self.bound_model):
                 plan = Plan.of(
                     model,
                     dummy_input,
@@ -190,18 +191,6 @@ class DNALPruner(Pruner):
             wrapper.unwrap()
         self._is_wrapped = False
 
-    @contextlib.contextmanager
-    def without_wrappers(self) -> Iterator[None]:
-        """The model without NNI's wrappers of any compressor (a wrapped model cannot be copied); gates stay on."""
-        wrappers = [m._nni_wrapper for m in self.bound_model.modules() if hasattr(m, "_nni_wrapper")]
-        for wrapper in wrappers:
-            wrapper.unwrap()
-        try:
-            yield
-        finally:
-            for wrapper in wrappers:
-                wrapper.wrap()
-
     # -- searching ----------------------------------------------------------------------------------------------------
 
     def search(self, steps: int, *, optimizer: torch.optim.Optimizer | None = None, progress: bool = True) -> Search:
@@ -255,7 +244,7 @@ class DNALPruner(Pruner):
         """Let the coming training of ``evaluator`` (bound to the model) be a search."""
         session = self.session
         if not is_gated(self.bound_model):  # a compressor made from this one has taken the gates off
-            self._leave_wrapped_norms()
+            leave_wrapped_norms(self.bound_model, self.plan.active)
             session.attach()
         self._is_wrapped = True
         learn = self.preset != "paper" and self.plan.objective is not None
@@ -264,19 +253,8 @@ class DNALPruner(Pruner):
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         self.harden()
 
-    def _leave_wrapped_norms(self) -> None:
-        """Gate the readers where another compressor computes the affine of a norm at every forward."""
-        for group in self.plan.active:
-            norms = [self.bound_model.get_submodule(path) for path in group.norms]
-            if group.site == "norm" and any("weight" not in norm._parameters for norm in norms):
-                group.site = "input"
-
     def _get_param_names_map(self) -> dict[str, str]:
-        """Names of the parameters of the plain model -> in the model as it is."""
-        return {
-            name.replace("_nni_wrapper.", "").replace(".parametrizations", "").removesuffix(".original"): name
-            for name, _ in self.bound_model.named_parameters()
-        }
+        return plain_names(self.bound_model)
 
     @property
     def interval_steps(self) -> NoReturn:
@@ -295,7 +273,7 @@ class DNALPruner(Pruner):
     def update_masks(self, masks: Masks, conflicts: Conflicts = "vote") -> None:
         """Fix the gates to what NNI masks say; ``conflicts`` as in :func:`~dnal_nni.plugin.masks.speedup`."""
         plan = self.plan
-        with self.without_wrappers():
+        with without_wrappers(self.bound_model):
             dense = plan.slim(self.bound_model, {})
         closed = closed_channels(dense, masks)
         self.harden({g.name: decide(dense, g, votes_on(g, closed), conflicts) for g in plan.active})
@@ -320,7 +298,7 @@ class DNALPruner(Pruner):
         Returns:
             NNI masks ``{layer: {"weight": mask, "bias": mask}}`` of the selected layers.
         """
-        with self.without_wrappers():
+        with without_wrappers(self.bound_model):
             chosen = self.session.harden(keep)
         masks = layer_masks(self.bound_model, self.plan.active, chosen, self._target_spaces)
         for path, targets in masks.items():
@@ -335,7 +313,7 @@ class DNALPruner(Pruner):
         """
         if self.session.keep is None:
             self.harden()
-        with self.without_wrappers():
+        with without_wrappers(self.bound_model):
             return self.session.speedup()
 
     @property
