@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modules.running import flatten_tensors
 from .graph import CouplingGraph, Vertex
+from .made import Made
 
 Arrays = tuple[Tensor, ...]
 Site = frozenset[str] | None
@@ -93,6 +94,7 @@ class Flow:
         self._leaf = leaf
         self.frame = frame
         self._labels: Any = WeakIdKeyDictionary()
+        self.made = Made()
         self.stored_sizes: list[StoredSize] = []
 
     # -- labels -------------------------------------------------------------------------------------------------------
@@ -102,7 +104,11 @@ class Flow:
         if not isinstance(tensor, Tensor):
             return None
         known: Labels | None = self._labels.get(tensor)
-        return known if known is not None else self._leaf(tensor)
+        if known is None:
+            known = self._leaf(tensor)
+        if known is None and (ids := self.made.ids(tensor)) is not None:
+            known = self._labels[tensor] = Labels(tensor.shape, (ids,), None)
+        return known
 
     def put(self, tensor: Any, arrays: Iterable[Tensor], site: Site) -> None:
         """Label a tensor that an operation returned. What is not labelled counts as fixed.
@@ -122,6 +128,30 @@ class Flow:
                 self._labels[tensor] = Labels(tensor.shape, arrays, site)
             else:
                 self._labels.pop(tensor, None)
+
+    def written(self, target: Tensor, plain: bool) -> None:
+        """After the first labels are written into a tensor, which may be a part of another: that has them too.
+
+        Args:
+            target: labelled by the operation that worked in place, or not: then it holds fixed values now.
+            plain: whether it was :meth:`Made.plain`.
+        """
+        labels: Labels | None = self._labels.get(target)
+        if plain and (labels is None or len(labels.arrays) == 1):
+            self.made.fill(target, labels.arrays[0] if labels else None)
+            for tensor in self._sharing(target):
+                del self._labels[tensor]
+        elif labels is not None and not _is_whole(target):
+            self.freeze(labels, "channels are written beside fixed values")
+
+    def adjustable(self, tensor: Tensor) -> torch.Size:
+        """The shape of a tensor without labels, with 1 along axes whose size the forward can choose.
+
+        These are all axes of a plain tensor, and those along which a tensor is expanded.
+        """
+        if self.made.plain(tensor):
+            return torch.Size([1] * tensor.dim())
+        return torch.Size(1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride()))
 
     def why(self, what: str) -> str:
         """A reason, and the module in whose forward it lies."""
@@ -209,12 +239,16 @@ class Flow:
 
     def forget_sites(self, changed: Tensor) -> None:
         """After an in-place change of a part of a tensor, its norms no longer zero the channels of the whole."""
-        storage = changed.untyped_storage()
-        if storage.nbytes() == changed.numel() * changed.element_size():
-            return
-        for tensor, labels in list(self._labels.items()):
-            if labels.site is not None and tensor.untyped_storage().data_ptr() == storage.data_ptr():
-                self._labels[tensor] = dataclasses.replace(labels, site=None)
+        for tensor in () if _is_whole(changed) else self._sharing(changed):
+            self._labels[tensor] = dataclasses.replace(self._labels[tensor], site=None)
+
+    def _sharing(self, part: Tensor) -> list[Tensor]:
+        place = part.untyped_storage().data_ptr()
+        return [tensor for tensor in self._labels.keys() if tensor.untyped_storage().data_ptr() == place]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 @dataclasses.dataclass
@@ -263,8 +297,8 @@ class Operation:
 
             def replaced(x: Any, sign: float = sign, generator: Any = generator, numbers: Any = numbers) -> Any:
                 if isinstance(x, Tensor):
-                    scale = 0.0 if next(numbers) in where else sign
-                    return (torch.randn(x.shape, generator=generator) * scale).to(x.dtype)
+                    value = torch.randn(x.shape, generator=generator) * (0.0 if next(numbers) in where else sign)
+                    return value > 0 if x.dtype == torch.bool else value.to(x.dtype)
                 return type(x)([replaced(y) for y in x]) if isinstance(x, (list, tuple)) else x
 
             out = self.func(*replaced(self.args), **{key: replaced(x) for key, x in self.kwargs.items()})

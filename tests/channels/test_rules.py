@@ -53,7 +53,7 @@ def first_group(operation: str) -> ChannelGroup:
 
 
 def test_an_operation_of_a_user_is_followed_while_its_rule_is_registered() -> None:
-    assert first_group("blur").frozen == "blur mixes channels, or is not known, in Net.forward"
+    assert first_group("blur").frozen == "there is no rule for dnal_test::blur in Net.forward"
     with register_rule("dnal_test::blur", keeps_channels):
         group = first_group("blur")
         assert group.frozen is None and group.site == "norm"  # which says that it maps 0 to 0

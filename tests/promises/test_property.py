@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from random_nets import Network, Program, op, programs, run, runs
+from random_nets.spatial import FORMS
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -462,6 +463,7 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     "weight norm": (Program((C, op("conv", weight="weight_norm"), LAST)), ["conv0.conv", "conv1.conv"]),
     "old weight norm": (Program((C, op("conv", weight="old_weight_norm"), LAST)), ["conv0.conv", "conv1.conv"]),
     "a standardised weight": (Program((C, op("conv", weight="standardised"), LAST)), ["conv0.conv", "conv1.conv"]),
+    **{f"along space, {form}": (Program((C, op("spatial", form=form), LAST)), FIRST) for form in FORMS},
     "functional convolution": (Program((C, op("functional"), LAST)), FIRST),
     "called on its own output": (Program((C, C, op("again"), LAST)), ["conv0.conv", "conv1.conv", "conv3.conv"]),
     "called on two inputs": (

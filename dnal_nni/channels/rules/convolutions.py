@@ -14,16 +14,18 @@ def convolution(flow: Flow, op: Operation) -> None:
     x, weight, bias = (flow.of(op.argument(name)) for name in ("input", "weight", "bias"))
     kernel, offset = op.argument("weight"), op.argument("bias")
     groups, channels = op.argument("groups", 1), op.argument("input").shape[1]
-    if groups == channels == kernel.shape[0] and not op.argument("transposed", False):
+    reads, makes = (0, 1) if op.argument("transposed", False) else (1, 0)
+    if groups == channels == kernel.shape[0] and kernel.shape[1] == 1:
         if x is None:
             for labels in (weight, bias):
                 flow.freeze(labels, "a convolution with fixed channels")
             return
         lines = flow.mix(x, [0, *range(2, len(x.shape))], "a convolution runs over the channels")
         kernels = flow.mix(weight, range(1, kernel.dim()), "a convolution runs over its kernel")
+        same = not kernels and bool((kernel == kernel[:1]).all())  # as many as the forward asks for
         columns: list[tuple[Sequence[int], Arrays]] = [
             ((channels,), tuple(a.reshape(-1) for a in lines)),
-            ((channels,), tuple(a.reshape(-1) for a in kernels)),
+            ((1 if same else channels,), tuple(a.reshape(-1) for a in kernels)),
         ]
         if offset is not None:
             columns.append((offset.shape, bias.arrays if bias else ()))
@@ -32,7 +34,6 @@ def convolution(flow: Flow, op: Operation) -> None:
             flow.note_sizes([groups], array, (groups,))
         flow.put(op.out, [lay(array, 1, op.out.dim()) for array in met], x.site if offset is None else None)
         return
-    reads, makes = (0, 1) if op.argument("transposed", False) else (1, 0)
     sides = [next((a for a in weight.arrays if axes_of(a) == (d,)), None) if weight else None for d in (reads, makes)]
     reader, source = (flow.parameter(a) if a is not None else None for a in sides)
     if groups > 1 or source is None or reader is None and x is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...modules.running import FORWARD_ERRORS, flatten_tensors
 from ..flow import Flow, Operation
 from . import convolutions, indexing, joining, moving, normalisation, products, reductions, windows  # noqa: F401
-from .elementwise import pointwise
+from .elementwise import pointwise, same
 from .registry import RULES, Rule, in_place, key_of
 
 
@@ -35,23 +35,46 @@ def _is_pointwise(func: Any, functional: str) -> bool:
 
 def run(flow: Flow, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation, and label what it returns. Where no rule can follow, what enters is frozen."""
-    labels = [flow.of(t) for t in flatten_tensors([args, list(kwargs.values())])]
+    tensors = list(flatten_tensors([args, list(kwargs.values())]))
+    labels = [flow.of(t) for t in tensors]
+    target = tensors[0] if in_place(func) and tensors else None
+    unlabelled = target is not None and labels[0] is None
+    plain = unlabelled and flow.made.plain(tensors[0])
     if all(entering is None for entering in labels):
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        _note_made(flow, func, tensors, plain, out)
+        return out
     rule = rule_of(func)
-    if rule in (pointwise, None) and in_place(func) and isinstance(args[0], Tensor):
-        flow.forget_sites(args[0])
+    if rule in (pointwise, None) and target is not None:
+        flow.forget_sites(target)
     out = func(*args, **kwargs)
-    name = func.overloadpacket.__name__
-    why = f"{name} mixes channels, or is not known,"
+    why = f"there is no rule for {key_of(func)}" if rule is None else ""
     if rule is not None:
         try:
             rule(flow, Operation(func, args, kwargs, out, labels))
-            return out
         except FORWARD_ERRORS as error:  # a form of the operation that the rule does not expect
-            why = f"{name} cannot be followed ({type(error).__name__})"
+            why = f"{func.overloadpacket.__name__} cannot be followed ({type(error).__name__})"
             for tensor in flatten_tensors(out):
                 flow.put(tensor, (), None)
-    for entering in labels:
+    for entering in labels if why else ():
         flow.freeze(entering, why)
+    if unlabelled:
+        flow.written(tensors[0], plain)
     return out
+
+
+def _note_made(flow: Flow, func: Any, tensors: list[Tensor], plain: bool, out: Any) -> None:
+    """Which tensors without channels are plain: see :class:`~dnal_nni.channels.made.Made`."""
+    key = key_of(func)
+    if in_place(func):
+        if plain and not all(map(flow.made.plain, tensors)):
+            flow.written(tensors[0], plain)
+    elif key in FACTORIES or tensors and rule_of(func) in FOLLOWING and all(map(flow.made.plain, tensors)):
+        for tensor in flatten_tensors(out):
+            flow.made.mark(tensor)
+
+
+_KINDS = ("zeros", "ones", "full", "empty", "rand", "randn")
+FACTORIES = {f"aten::{form}" for kind in _KINDS for form in (kind, f"{kind}_like", f"new_{kind}")}
+# what these make of plain tensors is plain
+FOLLOWING = (pointwise, same, moving.move, moving.strided, moving.reshape, joining.split, joining.unbind)

@@ -13,12 +13,14 @@ from .registry import rule
 
 # without torch's tag, or without it in torch 2.2
 @rule("hardswish", "hardsigmoid", "hardtanh", "mish", "celu", "softshrink", "leaky_relu")
-@rule("elu", "gelu", "silu", "softplus", "threshold", "_prelu_kernel")
+@rule("elu", "gelu", "silu", "softplus", "threshold", "_prelu_kernel", "rrelu_with_noise", "log_sigmoid_forward")
+@rule("hardshrink", "isinf", "rad2deg", "floor_divide", "complex", "polar", "_conj_physical", "native_dropout")
+@rule("copy", "fill", "zero", "normal", "uniform", "exponential", "cauchy", "geometric", "log_normal", "random")
 def pointwise(flow: Flow, op: Operation) -> None:
     """Elements at the same place meet: activations, addition, multiplication, comparison, where."""
     tensors = list(flatten_tensors([op.args, list(op.kwargs.values())]))
     operands = [
-        (labels.shape if labels else tensor.shape, labels.arrays if labels else ())
+        (labels.shape, labels.arrays) if labels else (flow.adjustable(tensor), ())
         for tensor, labels in zip(tensors, op.labels)
     ]
     arrays = flow.meet(operands, f"{op.name} meets a tensor whose channels are fixed")
@@ -47,7 +49,7 @@ def _site(op: Operation, arrays: Sequence[Tensor]) -> Site:
     return found
 
 
-@rule("clone", "_to_copy", "detach", "alias", "lift_fresh")
+@rule("clone", "_to_copy", "detach", "alias", "lift_fresh", "_conj", "_neg_view")
 def same(flow: Flow, op: Operation) -> None:
     """The result has the labels of the first argument: copies, casts."""
     labels = op.labels[0]
@@ -63,3 +65,5 @@ def like(flow: Flow, op: Operation) -> None:
     if labels is not None and op.out.dim() == len(labels.shape):
         kept = [a for a in labels.arrays if all(op.out.shape[axis] == a.shape[axis] for axis in axes_of(a))]
         flow.put(op.out, kept, None)
+    if flow.of(op.out) is None:
+        flow.made.mark(op.out)

@@ -85,3 +85,18 @@ def as_strided(flow: Flow, op: Operation) -> None:
         flow.put(op.out, labels.arrays, labels.site)
     else:
         flow.freeze(labels, "as_strided")
+
+
+@rule("view_as_real")
+def view_as_real(flow: Flow, op: Operation) -> None:
+    """A new last axis for real and imaginary parts."""
+    if labels := op.labels[0]:
+        flow.put(op.out, [array.unsqueeze(-1) for array in labels.arrays], labels.site)
+
+
+@rule("view_as_complex")
+def view_as_complex(flow: Flow, op: Operation) -> None:
+    """The last axis becomes real and imaginary parts of one number."""
+    if labels := op.labels[0]:
+        arrays = flow.mix(labels, [-1], "two channels become one complex number")
+        flow.put(op.out, [array[..., 0] for array in arrays], labels.site)
