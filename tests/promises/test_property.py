@@ -212,7 +212,11 @@ def assert_priced(
     net: nn.Module, groups: Sequence[ChannelGroup], inputs: Any, keep: dict[str, Tensor], slim: nn.Module
 ) -> None:
     """The cost model says of the cut network what fvcore counts."""
-    model, size = CostModel(net, groups, inputs), measure(slim, inputs)
+    try:
+        model, size = CostModel(net, groups, inputs), measure(slim, inputs)
+    except DNALError as error:
+        assert "cannot be counted: torch's tracer" in str(error)  # a reentrant checkpoint
+        return
     g = torch.cat([keep[group.name] for group in model.active]).double()
     if not any(hasattr(module, "weight_g") or is_parametrized(module) for module in net.modules()):
         assert float(model.params(g)) == pytest.approx(size.params, rel=1e-6)  # computed weights become plain
