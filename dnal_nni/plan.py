@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,11 +16,14 @@ from .cost.count import measure
 from .cost.latency import latencies
 from .cost.model import CostModel
 from .errors import DNALError
-from .progress import phase
+from .progress import logger, phase
 from .search.close import exact_cut
 from .search.importance import importance
+from .search.loop import ArchOptimizer
 from .search.objective import Limits, Objective
+from .search.paper import PAPER_LR, PaperScores
 from .search.ranks import check_same, from_first, is_first, world_size
+from .search.scores import REACH, Scores
 from .search.settings import Setting, limits, pools, select
 from .surgery.inject import check_model, check_ungated
 from .surgery.slim import Keep, slim_copy
@@ -157,6 +160,44 @@ class Plan:
         return dataclasses.replace(self, cost=cost, objective=objective)
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How gates learn.
+
+    Args:
+        preset: "default", or "paper" for the equations and the schedule of arXiv 2103.02126; with a budget, the
+            paper's search is cut to that budget.
+        lambda_: weight of the paper's regulariser ``sum sigmoid(s)``.
+        arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
+            score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
+            of SGD on ``s``; None is 0.01.
+
+    Raises:
+        DNALError: for values that are none of these.
+    """
+
+    preset: Literal["default", "paper"] = "default"
+    lambda_: float = 1e-4
+    arch_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in ("default", "paper"):
+            raise DNALError(f"preset={self.preset!r}: choose 'default' or 'paper'")
+        if not isinstance(self.lambda_, (int, float)) or not 0 <= self.lambda_ < float("inf"):
+            raise DNALError(f"lambda_={self.lambda_!r}: must be a number >= 0")
+        if self.arch_lr is not None and not 0 <= self.arch_lr < float("inf"):
+            raise DNALError(f"arch_lr={self.arch_lr!r}: must be a number >= 0, or None for the preset's own")
+
+    def scores(self, model: nn.Module, plan: Plan, steps: int) -> ArchOptimizer:
+        """What the gates are at each of ``steps`` steps: the paper's search, or the one held to the objective."""
+        device = next(model.parameters()).device
+        if self.preset == "paper" or plan.objective is None:
+            lr = PAPER_LR if self.arch_lr is None else self.arch_lr
+            return PaperScores(sum(plan.sizes), steps, self.lambda_, lr, plan.limits.least, device)
+        reach = REACH if self.arch_lr is None else self.arch_lr
+        return Scores(plan.objective, importance(model, plan.active).to(device), steps, reach)
+
+
 def check_limits(budget: Any, channel_multiple: Any) -> None:
     """Raise for what is no budget, or no multiple."""
     if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
@@ -190,6 +231,8 @@ def _objective(cost: CostModel, budget: Budget | None, settings: Sequence[Settin
     if thresholds and (ratios or budget is not None):
         raise DNALError("sparse_threshold goes with neither a budget nor a sparse_ratio: a threshold sets no size")
     if budget is not None:
+        if ratios:
+            logger.warning("the budget rules: the sparse_ratio of config_list is not used")
         return Objective(cost, budget, within)
     if ratios:
         return Objective(cost, None, within, *pools(settings, cost.sizes, within))

@@ -10,12 +10,11 @@ slim = session.speedup()
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,58 +22,18 @@ from torch import Tensor, nn
 from .budget import Complexity
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
-from .plan import Plan
-from .progress import phase
+from .plan import Method, Plan
+from .progress import logger, phase
 from .report.record import GroupReport, Report, versions
 from .search.close import exact_cut, measured_cut, threshold_cut
-from .search.importance import importance
-from .search.loop import ArchOptimizer, Search
-from .search.paper import PAPER_LR, PAPER_THRESHOLD, PaperScores
+from .search.loop import Search
+from .search.paper import PAPER_THRESHOLD
 from .search.ranks import from_first, is_first
-from .search.scores import REACH, Scores
 from .storage.state import load_state, save_state
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_ungated, detach, is_gated
 from .surgery.optimizer import carry_optimizer
 from .surgery.slim import Keep
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How gates learn.
-
-    Args:
-        preset: "default", or "paper" for the equations and the schedule of arXiv 2103.02126; with a budget, the
-            paper's search is cut to that budget.
-        lambda_: weight of the paper's regulariser ``sum sigmoid(s)``.
-        arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
-            score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
-            of SGD on ``s``; None is 0.01.
-
-    Raises:
-        DNALError: for values that are none of these.
-    """
-
-    preset: Literal["default", "paper"] = "default"
-    lambda_: float = 1e-4
-    arch_lr: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.preset not in ("default", "paper"):
-            raise DNALError(f"preset={self.preset!r}: choose 'default' or 'paper'")
-        if not isinstance(self.lambda_, (int, float)) or not 0 <= self.lambda_ < float("inf"):
-            raise DNALError(f"lambda_={self.lambda_!r}: must be a number >= 0")
-        if self.arch_lr is not None and not 0 <= self.arch_lr < float("inf"):
-            raise DNALError(f"arch_lr={self.arch_lr!r}: must be a number >= 0, or None for the preset's own")
-
-    def scores(self, model: nn.Module, plan: Plan, steps: int) -> ArchOptimizer:
-        """What the gates are at each of ``steps`` steps: the paper's search, or the one held to the objective."""
-        device = next(model.parameters()).device
-        if self.preset == "paper" or plan.objective is None:
-            lr = PAPER_LR if self.arch_lr is None else self.arch_lr
-            return PaperScores(sum(plan.sizes), steps, self.lambda_, lr, plan.limits.least, device)
-        reach = REACH if self.arch_lr is None else self.arch_lr
-        return Scores(plan.objective, importance(model, plan.active).to(device), steps, reach)
 
 
 class Session:
@@ -175,6 +134,8 @@ class Session:
             if self.last is None or self.last.done == 0:
                 raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")
             search = self.last
+            for note in search.notes():
+                logger.warning(note)
             with phase("choosing what goes"):
                 chosen = from_first(lambda: self._learned(search))
         else:
@@ -227,6 +188,11 @@ class Session:
 
         Hardens first if need be. Both are compared in eval and train mode; a difference is an error.
         """
+        if not is_gated(self.model):
+            raise DNALError(
+                "speedup: unwrap_model() has taken the gates off and put the dense weights back: call speedup() ahead "
+                "of it, or wrap_model() first to cut the dense weights"
+            )
         keep = self.harden() if self.keep is None else self.keep
         start = time.perf_counter()
         with phase("cutting, and comparing with the gated network"):
@@ -396,4 +362,15 @@ def _reported(session: Session, slim: nn.Module, keep: Keep, max_abs_diff: float
         history=list(last.history) if last is not None else [],
         latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
         versions=versions(),
+        notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after)],
     )
+
+
+def _missed(plan: Plan, after: Complexity) -> list[str]:
+    """A sentence where the budget was not met."""
+    if plan.budget is None or plan.objective is None:
+        return []
+    ratio = plan.objective.measured(after) / float(plan.objective.targets[0])
+    if abs(ratio - 1) <= 0.01:
+        return []
+    return [f"the cut costs {ratio:.3g} times the budget: no structure that its channels allow was found nearer"]

@@ -14,9 +14,9 @@ from conftest import CONV
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner, measure
-from dnal_nni.plan import Plan
+from dnal_nni.plan import Method, Plan
 from dnal_nni.search.settings import Setting
-from dnal_nni.session import Method, Session
+from dnal_nni.session import Session
 
 Batches = list[tuple[Tensor, Tensor]]
 HALF = Budget(flops=0.5)

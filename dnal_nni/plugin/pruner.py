@@ -19,10 +19,10 @@ from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.gates import ScaledSigmoidGate
 from ..modules.running import Example, Key
-from ..plan import Plan, check_limits
+from ..plan import Method, Plan, check_limits
 from ..report.record import Report
 from ..search.loop import Search
-from ..session import Method, Session
+from ..session import Session
 from ..surgery.inject import check_model, check_ungated, is_gated
 from . import config as selection
 from .evaluators import check_evaluator, example_input, search_within

@@ -19,6 +19,7 @@ from .leaves import Leaves, factors_of
 from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
 
 BINS = 20  # of the gates' histogram in the history
+PATIENCE = 3  # steps after which a search that no gradient reaches is an error
 
 
 class ArchOptimizer(Protocol):
@@ -101,6 +102,7 @@ class Search:
         self.done = 0
         self.history: list[dict[str, Any]] = []
         self.seconds: float | None = None
+        self._reached = False  # whether a gradient has come to a gate
         self._loss: Tensor | None = None
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=scores.value.device)
         self._trainable: list[nn.Parameter] = []
@@ -199,6 +201,11 @@ class Search:
             return
         if self.learns_weights:
             assert self.optimizer is not None
+            if self.done == 0 and not self.model.training:
+                logger.warning(
+                    "the model is in eval mode, and searched with frozen norm statistics and without dropout: call "
+                    "model.train() ahead of the loop"
+                )
             self.optimizer.zero_grad()
         self.penalised(loss).backward()
         self.before_optimizer_step()
@@ -206,6 +213,15 @@ class Search:
             assert self.optimizer is not None
             self.optimizer.step()
         self.after_optimizer_step()
+
+    def notes(self) -> list[str]:
+        """What a reader of the result should know, a sentence each."""
+        if self.done == self.steps:
+            return []
+        return [
+            f"the search ended after {self.done} of the {self.steps} steps that it was planned for: the widths are "
+            "those of an unfinished search"
+        ]
 
     def penalised(self, loss: Tensor) -> Tensor:
         """The loss of the coming step: with the regulariser of the paper's search; an error if NaN.
@@ -229,6 +245,12 @@ class Search:
         if not self.learns_weights:
             for parameter in self._trainable:
                 parameter.grad = None  # frozen: not even decay or momentum may move a weight
+        self._reached = self._reached or any(leaf.grad is not None for leaf in self.leaves.tensors)
+        if not self._reached and self.done >= min(self.steps, PATIENCE) - 1:
+            raise DNALError(
+                f"in {self.done + 1} steps no gradient has reached a gate, so nothing can be learned: the loss must be "
+                "of this very model (not of a copy, or of one made again), with gradients enabled, and not detached"
+            )
         self.update()
 
     def after_optimizer_step(self) -> None:
