@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dnal_nni import DNALPruner
 from dnal_nni.channels.groups import ChannelGroup, find_groups
-from dnal_nni.plugin.config import Setting, limits
+from dnal_nni.search.settings import Setting, limits
 from dnal_nni.surgery import verify
 from dnal_nni.surgery.compare import Comparison, in_dtype
 from dnal_nni.surgery.slim import slim_copy, slim_twin
