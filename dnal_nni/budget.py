@@ -55,6 +55,7 @@ class Budget:
                     f"Budget({kind}={value!r}): must be a number > 0; up to 1 it is the fraction to keep, above 1 an "
                     "absolute number"
                 )
+        for kind, value in self.limits.items():  # all are numbers
             if 1 < value <= 100 and kind != "latency":  # of which a network may well take 50 ms
                 raise DNALError(
                     f"{self}: {value:g} %? write {value / 100:g}; above 1 it is the number of {kind} to keep, and no "
