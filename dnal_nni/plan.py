@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .budget import Budget, Complexity
+from .channels.dependency import Graph
 from .channels.groups import ChannelGroup, Site, groups_of
 from .cost.count import measure
 from .cost.latency import latencies
@@ -18,6 +19,7 @@ from .cost.model import CostModel
 from .errors import DNALError
 from .progress import logger, phase
 from .search.close import exact_cut
+from .search.criteria import Criterion, criterion_scores, relative
 from .search.importance import importance
 from .search.loop import ArchOptimizer
 from .search.objective import Limits, Objective
@@ -69,6 +71,7 @@ class Plan:
         selected: Mapping[str, Setting] | None = None,
         channel_multiple: int = 1,
         verify_seconds: float = 60.0,
+        graph: Graph = None,
     ) -> Plan:
         """Find, select and verify the groups of ``model``, and count what they cost; the model is not changed.
 
@@ -81,6 +84,7 @@ class Plan:
             selected: what may lose channels, by layer name; None: every layer.
             channel_multiple: channels that layers keep come in multiples of this number, or whole.
             verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then stay whole.
+            graph: where the groups come from: see :func:`~dnal_nni.channels.groups.find_groups`.
 
         Raises:
             DNALError: for a model, an input or limits that do not go together, or where nothing can be cut.
@@ -92,7 +96,7 @@ class Plan:
         if selected is None:
             selected = dict.fromkeys((name for name, _ in model.named_modules()), Setting())
         with phase("reading which channels go together"):
-            groups = groups_of(model, dummy_input)
+            groups = groups_of(model, dummy_input, graph)
         asked = select(groups, selected, model)
         with phase("proving what can be cut"):
             _verify(model, groups, dummy_input, verify_seconds)
@@ -171,6 +175,8 @@ class Method:
         arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
             score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
             of SGD on ``s``; None is 0.01.
+        importance: a criterion of torch-pruning that the scores of the default search start from, in place of the norms
+            of the weights. One that needs gradients takes those that the model's parameters have.
 
     Raises:
         DNALError: for values that are none of these.
@@ -179,6 +185,7 @@ class Method:
     preset: Literal["default", "paper"] = "default"
     lambda_: float = 1e-4
     arch_lr: float | None = None
+    importance: Criterion | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in ("default", "paper"):
@@ -187,15 +194,29 @@ class Method:
             raise DNALError(f"lambda_={self.lambda_!r}: must be a number >= 0")
         if self.arch_lr is not None and not 0 <= self.arch_lr < float("inf"):
             raise DNALError(f"arch_lr={self.arch_lr!r}: must be a number >= 0, or None for the preset's own")
+        if self.importance is not None and not callable(self.importance):
+            raise DNALError(f"importance={self.importance!r}: pass a criterion, as tp.importance.MagnitudeImportance()")
+        if self.importance is not None and self.preset == "paper":
+            raise DNALError("importance= goes with preset='default': the paper's search starts with all gates alike")
 
     def scores(self, model: nn.Module, plan: Plan, steps: int) -> ArchOptimizer:
         """What the gates are at each of ``steps`` steps: the paper's search, or the one held to the objective."""
         device = next(model.parameters()).device
         if self.preset == "paper" or plan.objective is None:
+            if self.importance is not None:
+                raise DNALError("importance= needs a budget, or a sparse_ratio in the config_list, to search for")
             lr = PAPER_LR if self.arch_lr is None else self.arch_lr
             return PaperScores(sum(plan.sizes), steps, self.lambda_, lr, plan.limits.least, device)
         reach = REACH if self.arch_lr is None else self.arch_lr
-        return Scores(plan.objective, importance(model, plan.active).to(device), steps, reach)
+        if self.importance is None:
+            start = importance(model, plan.active)
+        else:
+            start = relative(criterion_scores(model, plan.active, self.importance), plan.sizes)
+        return Scores(plan.objective, start.to(device), steps, reach)
+
+    def settings(self) -> dict[str, Any]:
+        """Numbers and strings."""
+        return vars(self) | {"importance": None if self.importance is None else type(self.importance).__name__}
 
 
 def check_limits(budget: Any, channel_multiple: Any) -> None:

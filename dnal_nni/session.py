@@ -13,19 +13,21 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .budget import Complexity
+from .channels.tp_groups import dependency_groups
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
 from .plan import Method, Plan
 from .progress import logger, phase
 from .report.record import GroupReport, Report, versions
-from .search.close import exact_cut, measured_cut, threshold_cut
+from .search.close import cut, threshold_cut
+from .search.criteria import Criterion, Loss, criterion_scores
 from .search.loop import Search
 from .search.paper import PAPER_THRESHOLD
 from .search.ranks import from_first, is_first
@@ -33,7 +35,11 @@ from .storage.state import load_state, save_state
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_ungated, detach, is_gated
 from .surgery.optimizer import carry_optimizer
-from .surgery.slim import Keep
+from .surgery.slim import Keep, every_group
+
+if TYPE_CHECKING:
+    from .channels.dependency import Group
+
 
 
 class Session:
@@ -137,9 +143,9 @@ class Session:
             for note in search.notes():
                 logger.warning(note)
             with phase("choosing what goes"):
-                chosen = from_first(lambda: self._learned(search))
+                chosen = from_first(lambda: _learned(self, search))
         else:
-            chosen = self._checked(keep)
+            chosen = every_group(keep, self.plan.active)
         for group in self.plan.active:
             if group.choice and not group.least:  # blocks: behind one that closes nothing runs
                 chosen[group.name] = chosen[group.name].cumprod(0).bool()
@@ -148,39 +154,35 @@ class Session:
         self.keep, self._report = chosen, None
         return chosen
 
-    def _checked(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        chosen = {group.name: torch.ones(group.channels, dtype=torch.bool) for group in self.plan.active}
-        least = {group.name: group.least for group in self.plan.active}
-        for name, mask in keep.items():
-            if name not in chosen:
-                raise DNALError(f"harden(keep): there is no gate {name!r}; the names are the keys of pruner.gates")
-            size = len(chosen[name])
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-                raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}]")
-            if int(mask.sum()) < least[name]:
-                few = "lose every channel; keep at least one"
-                if least[name] > 1:
-                    few = f"keep {int(mask.sum())} channels, with which the model does not run; keep {least[name]}"
-                raise DNALError(f"harden(keep): {name} would {few}")
-            chosen[name] = mask.detach().cpu().clone()
-        return chosen
+    def choose(
+        self, criterion: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
+    ) -> dict[str, Tensor]:
+        """Fix every gate by what a criterion says of the weights as they are, cut to the budget: no search.
 
-    def _learned(self, search: Search) -> dict[str, Tensor]:
-        """What a search decided, cut to the budget; fvcore has the last word on what that costs."""
-        plan, scores = self.plan, search.scores
-        s = torch.cat([gate.s.detach() for gate in self.gates.values()]).double().cpu()
+        Args:
+            criterion: ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score for each
+                channel of its root. Of all groups the lowest go first, down to the floor that a search has too.
+            batches: for criteria that need gradients or activations; None: the gradients that the parameters have.
+            loss: from the model and a batch to its loss, 0-d; None: cross entropy of ``(inputs, labels)``.
+
+        Returns:
+            as :meth:`harden`.
+        """
+        plan, start = self.plan, time.perf_counter()
         if plan.objective is None:
-            asked = [setting.sparse_threshold for setting in plan.settings]
-            thresholds = [PAPER_THRESHOLD if threshold is None else threshold for threshold in asked]
-            delta = float(next(iter(self.gates.values())).delta)
-            units = threshold_cut(s, delta, thresholds, plan.limits, plan.sizes)
-        elif plan.budget is None:
-            units = exact_cut(plan.objective, scores.rank(s).cpu(), scores.floor)
-        else:
-            units = measured_cut(plan.objective, scores.rank(s).cpu(), scores.floor, self._cost_of)
-        return plan.by_group(units)
+            raise DNALError("choose() needs a budget, or a sparse_ratio in the config_list, to cut to")
+        objective = plan.objective
 
-    def _cost_of(self, units: Tensor) -> Complexity:
+        def chosen() -> Tensor:
+            scores = criterion_scores(self.model, plan.active, criterion, batches, loss)
+            return cut(objective, scores, objective.floor(), self.cost_of)
+
+        keep = self.harden(plan.by_group(from_first(chosen)))
+        self.seconds["choose"] = time.perf_counter() - start
+        return keep
+
+    def cost_of(self, units: Tensor) -> Complexity:
+        """What the network costs that keeps these units, bool ``[units]``."""
         return self.plan.measured(self.plan.slim(self.model, units), self.model)
 
     def speedup(self) -> nn.Module:
@@ -203,6 +205,14 @@ class Session:
         self.seconds["cut"] = time.perf_counter() - start
         self._report = _reported(self, slim, keep, *differences)
         return slim
+
+    def dependency_groups(self) -> list[Group]:
+        """Every group that is not left whole as a ``torch_pruning.Group``, for what is written for those.
+
+        The first item of each is its root, the layer that the group is named after; ``idxs`` are channels of each
+        layer, ``root_idxs`` the places among the root's ``idxs`` that they go with.
+        """
+        return dependency_groups(self.model, self.plan.active)
 
     def carry_optimizer(self, optimizer: torch.optim.Optimizer, slim: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model`` as one of the cut network: its momentum is cut with the weights.
@@ -256,7 +266,7 @@ class Session:
     def _settings(self) -> dict[str, Any]:
         """What must be the same where a search goes on."""
         budget = None if self.plan.budget is None else self.plan.budget.limits
-        return {"budget": budget, **vars(self.method), "channel_multiple": self.plan.channel_multiple}
+        return {"budget": budget, **self.method.settings(), "channel_multiple": self.plan.channel_multiple}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a search where :meth:`state_dict` left it: the next ``search(steps)`` goes on from there."""
@@ -336,6 +346,18 @@ class Session:
                 raise DNALError(f"{path} does not fit the optimizer: {error}") from error
         self.model.load_state_dict(theirs)
         self.load_state_dict(state["pruner"])
+
+
+def _learned(session: Session, search: Search) -> dict[str, Tensor]:
+    """What a search decided, cut to the budget; fvcore has the last word on what that costs."""
+    plan, scores, gates = session.plan, search.scores, session.gates.values()
+    s = torch.cat([gate.s.detach() for gate in gates]).double().cpu()
+    if plan.objective is None:
+        asked = [setting.sparse_threshold for setting in plan.settings]
+        thresholds = [PAPER_THRESHOLD if threshold is None else threshold for threshold in asked]
+        delta = float(next(iter(gates)).delta)
+        return plan.by_group(threshold_cut(s, delta, thresholds, plan.limits, plan.sizes))
+    return plan.by_group(cut(plan.objective, scores.rank(s).cpu(), scores.floor, session.cost_of))
 
 
 def _reported(session: Session, slim: nn.Module, keep: Keep, max_abs_diff: float, relative_diff: float) -> Report:

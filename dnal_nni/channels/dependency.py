@@ -9,6 +9,7 @@ layer: the units are the connected components, as in our own graph.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -157,7 +158,8 @@ def _built(model: nn.Module, dummy_input: Any, shapes: Shapes, deadline: float) 
     graphs = []
     for mode in [False, True] if set(shapes.inputs) - shapes.eval else [False]:
         try:
-            with seeded(model), torch.enable_grad():
+            with seeded(model), torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what it guesses, which is verified
                 graph = Guarded().build_dependency(model, dummy_input, forward_fn=forward(mode), verbose=False)
         except FORWARD_ERRORS as error:
             what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup, find_groups
 from ..cost.count import flops_by_module
 from ..errors import told
@@ -109,7 +110,9 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds: float = 60.0) -> Inspection:
+def inspect(
+    model: nn.Module, dummy_input: Any, target: str = "", verify_seconds: float = 60.0, graph: Graph = None
+) -> Inspection:
     """Find the channel groups of ``model``, verify them, and count what share of its FLOPs they touch.
 
     The share of a group is the dense FLOPs (fvcore's, for the dummy input) of the layers that its channels leave or
@@ -121,6 +124,7 @@ def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds
         dummy_input: a tensor, or a tuple of them.
         target: what to call the model.
         verify_seconds: time limit of the verification; groups not compared by then are left whole.
+        graph: where the groups come from: as for :class:`~dnal_nni.DNALPruner`.
 
     Raises:
         DNALError: where the model does not run on the input, or cannot be traced or counted.
@@ -131,7 +135,7 @@ def inspect(model: nn.Module, dummy_input: Any, target: str = "", verify_seconds
     with told(f"{target} rejects an input of shape {shapes}", FORWARD_ERRORS), torch.no_grad():
         call(clone(model).eval(), dummy_input)
     with told(f"the channels of {target} cannot be traced", FORWARD_ERRORS):
-        groups = find_groups(model, dummy_input)
+        groups = find_groups(model, dummy_input, graph)
         verify_and_freeze(model, groups, dummy_input, verify_seconds)
     with told(f"the FLOPs of {target} cannot be counted", FORWARD_ERRORS):
         flops = flops_by_module(model, dummy_input)

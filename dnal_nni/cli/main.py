@@ -151,7 +151,7 @@ def _inspect(arguments: argparse.Namespace) -> str:
     if options.weights is not None:
         model = load_weights(model, options.weights)
     inputs = tuple(torch.randn(shape) for shape in options.input)
-    result = inspect(model, inputs, options.model, options.verify_seconds)
+    result = inspect(model, inputs, options.model, options.verify_seconds, options.graph)
     return json.dumps(result.to_dict(), indent=2) if arguments.json else str(result)
 
 

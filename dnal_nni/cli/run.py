@@ -192,7 +192,8 @@ class Run:
         optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4)
         kinds = {type(m).__name__ for m in model.modules() if mixing(m)}
         config = [{"op_types": sorted(kinds)}]
-        pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=settings.budget())
+        limits, graph = settings.budget(), settings.graph
+        pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=limits, graph=graph)
         if state["epoch"] > 0:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..budget import Budget
 from ..errors import DNALError
@@ -58,6 +58,7 @@ NUMBERS = several(Kind(float, _is_number, ""), "numbers, for example 0.5,0.5,0.5
 OBJECT = Kind(json.loads, lambda value: isinstance(value, dict), 'a JSON object, for example {"num_classes": 10}')
 NAME = Kind(str, lambda value: isinstance(value, str) and value != "", "a name")
 FILE = Kind(Path, lambda value: isinstance(value, Path), "a path")
+GRAPH = Kind(str, lambda value: value == "torch-pruning", "torch-pruning, or leave it out")
 FLAG = Kind(str, lambda value: isinstance(value, bool), "true or false")
 
 
@@ -84,6 +85,9 @@ class Options:
     model: str = option(NAME, "the network, as package.module:function", metavar="TARGET", nargs="?")
     kwargs: dict[str, Any] = option(OBJECT, "keyword arguments of TARGET, as JSON", "{}", "JSON")
     weights: Path | None = option(FILE, "trained weights: safetensors, or a state dict of torch.save", None, "FILE")
+    graph: Literal["torch-pruning"] | None = option(
+        GRAPH, "torch-pruning: channels go together as its graph says; else as the operations do", None, "GRAPH"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

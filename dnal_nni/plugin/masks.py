@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup, Member, groups_of
 from ..cost.count import measure
 from ..errors import DNALError
@@ -44,6 +45,7 @@ def speedup(
     conflicts: Conflicts = "vote",
     recalibrate: Iterable[Any] | None = None,
     verify_seconds: float = 60.0,
+    graph: Graph = None,
 ) -> nn.Module:
     """Remove for good what the masks of any NNI pruner close: NNI's ``ModelSpeedup``, which fails since torch 2.2.
 
@@ -65,6 +67,7 @@ def speedup(
         recalibrate: batches (the input, or a tuple or list that starts with it) on which the statistics of the result's
             batch norms are estimated anew; None: they stay.
         verify_seconds: time limit for finding groups that cannot be cut exactly, which stay whole.
+        graph: where the coupled channels come from: as for :class:`~dnal_nni.DNALPruner`.
 
     Returns:
         a new module. Its ``dnal_report`` says what was asked, what was removed, what stays whole and why, and how far
@@ -80,7 +83,7 @@ def speedup(
     dense = clone(model)
     detach(dense)
     closed = closed_channels(dense, masks)
-    groups = groups_of(dense, dummy_input)
+    groups = groups_of(model, dummy_input, graph)
     votes = {group.name: votes_on(group, closed) for group in groups}
     wanted = [group for group in groups if any(bool(v.any()) for v in votes[group.name].values())]
     verify_and_freeze(dense, wanted, dummy_input, verify_seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -15,12 +15,14 @@ from schema import SchemaError
 from torch import Tensor, nn
 
 from ..budget import Budget
+from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.gates import ScaledSigmoidGate
 from ..modules.running import Example, Key
 from ..plan import Method, Plan, check_limits
 from ..report.record import Report
+from ..search.criteria import Criterion, Loss
 from ..search.loop import Search
 from ..session import Session
 from ..surgery.inject import check_model, check_ungated, is_gated
@@ -73,6 +75,11 @@ class DNALPruner(Pruner):
             of SGD on ``s``; None is 0.01.
         channel_multiple: channels that layers keep come in multiples of this number, or whole (8 suits most devices).
         verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then are left whole.
+        graph: where the groups come from. None: the operations that run are followed. A ``tp.DependencyGraph`` that you
+            built of this model, with pruning functions of your own: its groups, verified like any other.
+            "torch-pruning": such a graph is built, of a copy.
+        importance: a criterion of torch-pruning, such as ``tp.importance.MagnitudeImportance()``, that the scores of
+            the default search start from; None: the norms of the weights.
         existed_wrappers: NNI's wrappers of another compressor; given by :meth:`from_compressor`.
 
     Raises:
@@ -93,9 +100,11 @@ class DNALPruner(Pruner):
         arch_lr: float | None = None,
         channel_multiple: int = 1,
         verify_seconds: float = 60.0,
+        graph: Graph = None,
+        importance: Criterion | None = None,
         existed_wrappers: dict[str, Any] | None = None,
     ) -> None:
-        method = Method(preset, lambda_, arch_lr)
+        method = Method(preset, lambda_, arch_lr, importance)
         check_limits(budget, channel_multiple)
         check_model(model)
         check_ungated(model)
@@ -129,6 +138,7 @@ class DNALPruner(Pruner):
                     selected=selected,
                     channel_multiple=channel_multiple,
                     verify_seconds=verify_seconds,
+                    graph=graph,
                 )
         self.wrap_model()
         if plan is not None:
@@ -321,6 +331,18 @@ class DNALPruner(Pruner):
         """What the last :meth:`speedup` did."""
         return self.session.report
 
+    def choose(
+        self, criterion: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Fix every gate by what a criterion says of the weights as they are, cut to the budget: no search.
+
+        Arguments as of :meth:`Session.choose`; returns NNI masks, as :meth:`harden` does.
+        """
+        with without_wrappers(self.bound_model):
+            keep = self.session.choose(criterion, batches, loss)
+        return self.harden(keep)
+
+    dependency_groups = _handed_on(Session.dependency_groups)
     carry_optimizer = _handed_on(Session.carry_optimizer, copies=True)
     state_dict = _handed_on(Session.state_dict)
     load_state_dict = _handed_on(Session.load_state_dict)

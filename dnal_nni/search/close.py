@@ -19,6 +19,13 @@ TRIES, CHUNK = 5000, 256  # structures that are tried to close a larger one; in 
 CANDIDATE_TRIES = 32  # sets of candidates that are tried where widths alone cannot close it
 
 
+def cut(
+    objective: Objective, s: Tensor, floor: Sequence[int], measure: Callable[[Tensor], Complexity]
+) -> Tensor:
+    """What to keep: :func:`measured_cut` where there is a budget, :func:`exact_cut` to ratios."""
+    return exact_cut(objective, s, floor) if objective.budget is None else measured_cut(objective, s, floor, measure)
+
+
 def measured_cut(
     objective: Objective, s: Tensor, floor: Sequence[int], measure: Callable[[Tensor], Complexity]
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..channels.groups import ChannelGroup
 from ..channels.tp_groups import dependency_groups, units_of_root
 from ..errors import DNALError
-from ..modules.gates import GateState, ScaledSigmoidGate
+from ..modules.gates import ChannelFactor, GateState
 from ..modules.running import FORWARD_ERRORS
 
 Criterion = Callable[[Any], Tensor | None]
@@ -42,7 +42,6 @@ def classification_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def criterion_scores(
     model: nn.Module,
-    gates: Iterable[ScaledSigmoidGate],
     groups: Sequence[ChannelGroup],
     criterion: Criterion,
     batches: Iterable[Any] | None = None,
@@ -54,8 +53,7 @@ def criterion_scores(
     all others. The model is left as it was, its gradients included; it runs in eval mode.
 
     Args:
-        model: with or without gates.
-        gates: those that act in it: they are open meanwhile.
+        model: with or without gates, which are open meanwhile.
         groups: those that are not left whole.
         criterion: of torch-pruning.
         batches: for criteria that need gradients or activations.
@@ -66,7 +64,7 @@ def criterion_scores(
     """
     name = type(criterion).__name__
     parts: list[Tensor | None] = []
-    with _as_it_was(model, gates), _prepared(model, criterion, batches, loss or classification_loss):
+    with _as_it_was(model), _prepared(model, criterion, batches, loss or classification_loss):
         scored = iter(dependency_groups(model, groups))
         for group in groups:
             parts.append(None if group.choice else _unit_scores(criterion, name, next(scored), group, batches is None))
@@ -75,6 +73,12 @@ def criterion_scores(
         raise DNALError(f"{name} gives no score for any group: it looks at layers that the model has none of")
     most = torch.cat(known).amax() + 1.0
     return torch.cat([most.expand(group.channels) if part is None else part for group, part in zip(groups, parts)])
+
+
+def relative(scores: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``scores`` (``[units]``) such that those of every group are at least 0, and 1 on average."""
+    parts = [part - part.amin().clamp(max=0) for part in scores.split(list(sizes))]
+    return torch.cat([part / part.mean() if float(part.mean()) > 0 else torch.ones_like(part) for part in parts])
 
 
 def _unit_scores(criterion: Criterion, name: str, scored: Any, group: ChannelGroup, blind: bool) -> Tensor | None:
@@ -96,9 +100,9 @@ def _unit_scores(criterion: Criterion, name: str, scored: Any, group: ChannelGro
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module, gates: Iterable[ScaledSigmoidGate]) -> Iterator[None]:
-    """Open gates, eval mode and gradients for all parameters; then everything as it was."""
-    states = [(gate, gate.state) for gate in gates]
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Open gates, eval mode, and what becomes of gradients; then everything as it was."""
+    states = [(gate, gate.state) for m in model.modules() if isinstance(m, ChannelFactor) for gate in m.gates]
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters() if p.is_floating_point()]
     for gate, _ in states:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..channels.groups import ChannelGroup
+from ..errors import DNALError
 from ..modules.adapters import adapt
 from ..modules.bake import bake
 from ..modules.choices import Choice
@@ -87,6 +88,25 @@ def slim_twin(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
                 changes.stored |= {f"{path}.{name}": number for name, number in after if number != before.get(name)}
     set_changes(slim, changes_of(slim).then(changes))  # a copy of a cut network says what went before
     return slim
+
+
+def every_group(keep: Keep, active: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    """``keep`` for each of these groups: those not named stay whole; an error where it does not fit them."""
+    chosen = {group.name: torch.ones(group.channels, dtype=torch.bool) for group in active}
+    least = {group.name: group.least for group in active}
+    for name, mask in keep.items():
+        if name not in chosen:
+            raise DNALError(f"harden(keep): there is no gate {name!r}; the names are the keys of pruner.gates")
+        size = len(chosen[name])
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
+            raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}]")
+        if int(mask.sum()) < least[name]:
+            few = "lose every channel; keep at least one"
+            if least[name] > 1:
+                few = f"keep {int(mask.sum())} channels, with which the model does not run; keep {least[name]}"
+            raise DNALError(f"harden(keep): {name} would {few}")
+        chosen[name] = mask.detach().cpu().clone()
+    return chosen
 
 
 def drop(model: nn.Module, chosen: Mapping[str, Sequence[int]]) -> None:

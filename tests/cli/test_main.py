@@ -87,6 +87,15 @@ def test_json_is_the_same_for_a_program(capsys: pytest.CaptureFixture[str]) -> N
     assert got["touched"] == pytest.approx(stem["flops"])
 
 
+def test_torch_prunings_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", "nets:Half", "--input", "2,3,8,8", "--graph"]
+    assert main([*arguments, "torch-pruning"]) == 0
+    out = capsys.readouterr().out
+    assert "stem" in out.splitlines()[1] and "(by torch-pruning's graph)" in out
+    assert main([*arguments, "torch_pruning"]) == 2
+    assert "--graph torch_pruning: give torch-pruning, or leave it out" in capsys.readouterr().err
+
+
 class Two(nn.Module):
     """The second half of the first layer is returned: one layer, two groups."""
 

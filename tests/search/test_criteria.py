@@ -61,7 +61,7 @@ def test_scores_are_torch_prunings_own_on_ten_networks(name: str) -> None:
         if criterion_name == "BN scale" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
             continue
         gradients = criterion_name in ("Taylor", "Hessian")
-        scores = criterion_scores(model, [], groups, make(), [(x, labels)] if gradients else None)
+        scores = criterion_scores(model, groups, make(), [(x, labels)] if gradients else None)
         with torch.enable_grad():
             model.zero_grad()
             losses = F.cross_entropy(model(x), labels, reduction="none")
@@ -92,7 +92,7 @@ def open_groups(model: nn.Module, x: Tensor) -> list[ChannelGroup]:
 def test_the_model_is_as_it_was_and_the_gates_were_open(small: nn.Module, x: Tensor) -> None:
     y = torch.randint(0, 10, (4,))
     groups = open_groups(small, x)
-    plain = criterion_scores(small, [], groups, tp.importance.TaylorImportance(), [(x, y)])
+    plain = criterion_scores(small, groups, tp.importance.TaylorImportance(), [(x, y)])
     small.conv1.weight.requires_grad_(False)
     small.fc.weight.grad = torch.ones_like(small.fc.weight)
     small.train()
@@ -102,7 +102,7 @@ def test_the_model_is_as_it_was_and_the_gates_were_open(small: nn.Module, x: Ten
     for gate in gates.values():
         gate.harden(torch.arange(len(gate.s)) % 2 == 0)
     before = copy.deepcopy(small.state_dict())
-    gated = criterion_scores(small, gates.values(), groups, tp.importance.TaylorImportance(), [(x, y)])
+    gated = criterion_scores(small, groups, tp.importance.TaylorImportance(), [(x, y)])
     assert torch.allclose(gated, plain)
     assert all(gate.state is GateState.HARD for gate in gates.values())
     assert small.training and not small.bn1.training
@@ -118,10 +118,10 @@ def test_a_users_loss_several_batches_and_arguments_by_name(small: nn.Module, x:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).square().sum()
 
-    both = criterion_scores(small, [], groups, criterion, [x[:2], x[2:]], loss)
-    assert torch.allclose(both, criterion_scores(small, [], groups, criterion, [x], loss), rtol=1e-3)
+    both = criterion_scores(small, groups, criterion, [x[:2], x[2:]], loss)
+    assert torch.allclose(both, criterion_scores(small, groups, criterion, [x], loss), rtol=1e-3)
     hessian = tp.importance.HessianImportance()
-    assert criterion_scores(small, [], groups, hessian, [{"x": x}], lambda m, b: m(**b).sum()).shape == both.shape
+    assert criterion_scores(small, groups, hessian, [{"x": x}], lambda m, b: m(**b).sum()).shape == both.shape
 
 
 class ByActivation(tp.importance.Importance):
@@ -151,7 +151,7 @@ class ByActivation(tp.importance.Importance):
 
 def test_activations_and_groups_that_a_criterion_says_nothing_of(small: nn.Module, x: Tensor) -> None:
     groups = open_groups(small, x)
-    scores = criterion_scores(small, [], groups, ByActivation(), [x], lambda m, b: m(b).sum())
+    scores = criterion_scores(small, groups, ByActivation(), [x], lambda m, b: m(b).sum())
     stem, *_, last = scores.split([g.channels for g in groups])
     small.eval()
     expected = torch.relu(small.bn(small.stem(x)))
@@ -164,7 +164,7 @@ def test_units_of_several_channels_get_their_mean() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     groups = open_groups(model, torch.randn(2, 3, 4, 4))
     assert groups[0].channels == 4
-    scores = criterion_scores(model, [], groups, tp.importance.MagnitudeImportance(1, "first", None))
+    scores = criterion_scores(model, groups, tp.importance.MagnitudeImportance(1, "first", None))
     channels = model[0].weight.detach().abs().flatten(1).sum(1).double()
     assert torch.allclose(scores[:4], channels.view(4, 2).mean(1))
 
@@ -186,13 +186,13 @@ def failing(group: Any) -> Tensor:
 )
 def test_what_a_criterion_gets_wrong_is_said(small: nn.Module, x: Tensor, criterion: Any, message: str) -> None:
     with pytest.raises(DNALError, match=message):
-        criterion_scores(small, [], open_groups(small, x), criterion)
+        criterion_scores(small, open_groups(small, x), criterion)
 
 
 def test_batches_that_have_no_loss_are_refused(small: nn.Module, x: Tensor) -> None:
     groups, taylor = open_groups(small, x), tp.importance.TaylorImportance()
     for batch in (x, (x, torch.rand(4)), (x, x, x)):
         with pytest.raises(DNALError, match=r"not \(inputs, labels\) of a classifier: .* loss=f\(model, batch\)"):
-            criterion_scores(small, [], groups, taylor, [batch])
+            criterion_scores(small, groups, taylor, [batch])
     with pytest.raises(DNALError, match="batches is empty"):
-        criterion_scores(small, [], groups, taylor, [])
+        criterion_scores(small, groups, taylor, [])
