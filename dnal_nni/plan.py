@@ -156,6 +156,10 @@ class Plan:
         now, then = latencies([slim, model], self.dummy_input)
         return dataclasses.replace(size, latency=self.cost.dense.latency * now / then)
 
+    def cost_of(self, units: Tensor, model: nn.Module) -> Complexity:
+        """What the network costs that keeps these units (bool ``[units]``) of ``model``."""
+        return self.measured(self.slim(model, units), model)
+
     def with_latencies(self, state: Mapping[str, Any]) -> Plan:
         """The same plan with the latencies that another process measured (``cost.latency_state()``)."""
         cost = copy.copy(self.cost)

@@ -175,15 +175,11 @@ class Session:
 
         def chosen() -> Tensor:
             scores = criterion_scores(self.model, plan.active, criterion, batches, loss)
-            return cut(objective, scores, objective.floor(), self.cost_of)
+            return cut(objective, scores, objective.floor(), lambda units: plan.cost_of(units, self.model))
 
         keep = self.harden(plan.by_group(from_first(chosen)))
         self.seconds["choose"] = time.perf_counter() - start
         return keep
-
-    def cost_of(self, units: Tensor) -> Complexity:
-        """What the network costs that keeps these units, bool ``[units]``."""
-        return self.plan.measured(self.plan.slim(self.model, units), self.model)
 
     def speedup(self) -> nn.Module:
         """A new, physically smaller module that computes what the hard-gated ``model`` computes.
@@ -357,7 +353,8 @@ def _learned(session: Session, search: Search) -> dict[str, Tensor]:
         thresholds = [PAPER_THRESHOLD if threshold is None else threshold for threshold in asked]
         delta = float(next(iter(gates)).delta)
         return plan.by_group(threshold_cut(s, delta, thresholds, plan.limits, plan.sizes))
-    return plan.by_group(cut(plan.objective, scores.rank(s).cpu(), scores.floor, session.cost_of))
+    rank = scores.rank(s).cpu()
+    return plan.by_group(cut(plan.objective, rank, scores.floor, lambda units: plan.cost_of(units, session.model)))
 
 
 def _reported(session: Session, slim: nn.Module, keep: Keep, max_abs_diff: float, relative_diff: float) -> Report:
