@@ -83,7 +83,7 @@ def speedup(
     dense = clone(model)
     detach(dense)
     closed = closed_channels(dense, masks)
-    groups = groups_of(model, dummy_input, graph)
+    groups = groups_of(dense if graph is None or isinstance(graph, str) else model, dummy_input, graph)
     votes = {group.name: votes_on(group, closed) for group in groups}
     wanted = [group for group in groups if any(bool(v.any()) for v in votes[group.name].values())]
     verify_and_freeze(dense, wanted, dummy_input, verify_seconds)
