@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DNALError
+from ..modules.chance import WithoutChance
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded, twin
 from .changes import newly_baked
 
@@ -75,9 +76,9 @@ def difference(
 ) -> tuple[float, float]:
     """(max|gated - slim|, the same / max|gated|) over every tensor returned, the worst of eval, train and eval again.
 
-    Dropout is off in both modes (it draws one number per channel); other random layers see the same seed. Train mode is
-    left out for a model that does not run there, such as a detector without targets. Both modules are left in train
-    mode with their norm statistics moved: pass copies.
+    Dropout is off in both modes and noise is its mean (they draw numbers per channel). Train mode is left out for a
+    model that does not run there, such as a detector without targets. Both modules are left in train mode with their
+    norm statistics moved: pass copies.
 
     Args:
         gated: the reference.
@@ -107,6 +108,7 @@ class Comparison:
     def __init__(self, gated: nn.Module) -> None:
         self.gated = gated
         self.expected: Outputs = ([], [])
+        self._draws: set[str] = set()
         self._dtype = floating_dtype(gated)
         self._fewest = VALUES  # that a batch norm averages over, at least, counted in eval mode
         for module in gated.modules():
@@ -135,10 +137,10 @@ class Comparison:
         elif self._fewest < VALUES:
             batches.insert(0, example_like(inputs, self._dtype, -(-VALUES // max(1, self._fewest))))
         for batch in batches:  # a model may insist on its batch size
-            expected = _reference(self.gated, batch, watch, mode)
+            expected = _reference(self.gated, batch, watch, mode, self._draws)
             if expected is not None:
                 self.expected = expected
-                gap = _gap(expected, outputs(slim, batch, watch, mode), returned)
+                gap = _gap(expected, outputs(slim, batch, watch, mode, self._draws), returned)
                 within = TOLERANCE.get(self._dtype, 5e-2)
                 if within < gap.relative <= _BLIND:
                     within = self._rounding(batch, watch, mode, returned)
@@ -153,7 +155,7 @@ class Comparison:
         runs = []
         for x in (inputs, _nudged(inputs)):
             with unmoved(self.gated):
-                runs.append(outputs(self.gated, x, watch, mode))
+                runs.append(outputs(self.gated, x, watch, mode, self._draws))
         return _AMPLIFIED * _gap(runs[0], runs[1], returned).relative
 
 
@@ -208,8 +210,19 @@ def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[fl
 Outputs = tuple[list[Tensor], list[Tensor]]  # what a model returns, and what the watched layers do
 
 
-def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str) -> Outputs:
-    """What a model returns in eval or train mode, without dropout, and what the watched layers do."""
+def outputs(
+    model: nn.Module, inputs: Any, watch: Collection[str], mode: str, draws: set[str] | None = None
+) -> Outputs:
+    """What a model returns in eval or train mode, without chance, and what the watched layers do.
+
+    Args:
+        model: its mode is set; in train mode its norm statistics move.
+        inputs: see :func:`~dnal_nni.modules.running.call`.
+        watch: paths of layers.
+        mode: "eval" or "train".
+        draws: modes in which the model is known to draw random numbers; added to. Others are tried first as they are.
+    """
+    draws = set() if draws is None else draws
     watched: list[Tensor] = []
     model.train(mode == "train")
     for child in model.modules():
@@ -222,21 +235,33 @@ def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str) ->
         if path in modules  # not in a candidate that is gone; in the gated network that one does not run
     ]
     try:
-        with seeded(model), torch.no_grad():
-            returned = list(flatten_tensors(call(model, inputs)))
+        while True:
+            without = mode in draws or next(model.parameters()).is_cuda
+            watched.clear()
+            before = _buffers(model) if mode == "train" and not without else []
+            with seeded(model), torch.no_grad(), WithoutChance() if without else nullcontext():
+                state = torch.get_rng_state()
+                returned = list(flatten_tensors(call(model, inputs)))
+                drawn = not torch.equal(state, torch.get_rng_state())
+            if without or not drawn:
+                break
+            draws.add(mode)
+            _put_back(before)
     finally:
         for handle in handles:
             handle.remove()
     return returned, list(flatten_tensors(watched))
 
 
-def _reference(gated: nn.Module, inputs: Any, watch: Collection[str], mode: str) -> Outputs | None:
+def _reference(
+    gated: nn.Module, inputs: Any, watch: Collection[str], mode: str, draws: set[str] | None = None
+) -> Outputs | None:
     """What a gated network returns; None where it does not run in train mode."""
     if mode == "eval":
-        return outputs(gated, inputs, watch, mode)
+        return outputs(gated, inputs, watch, mode, draws)
     try:
         with unmoved(gated, only_on_error=True):
-            return outputs(gated, inputs, watch, mode)
+            return outputs(gated, inputs, watch, mode, draws)
     except FORWARD_ERRORS:
         return None  # the norms ahead of the failure have moved, and those of the cut network have not
 
@@ -244,7 +269,7 @@ def _reference(gated: nn.Module, inputs: Any, watch: Collection[str], mode: str)
 @contextmanager
 def unmoved(model: nn.Module, only_on_error: bool = False) -> Iterator[None]:
     """Put the buffers of a model back, in the end or after an error."""
-    kept = [(m, name, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    kept = _buffers(model)
     try:
         yield
         moved = not only_on_error
@@ -253,8 +278,16 @@ def unmoved(model: nn.Module, only_on_error: bool = False) -> Iterator[None]:
         raise
     finally:
         if moved:
-            for module, name, value in kept:
-                module._buffers[name] = value
+            _put_back(kept)
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [(m, name, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+
+
+def _put_back(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
+    for module, name, value in buffers:
+        module._buffers[name] = value
 
 
 def _gap(expected: Outputs, got: Outputs, returned: bool = True) -> Gap:

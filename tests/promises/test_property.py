@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from random_nets import Network, Program, op, programs, run, runs
+from random_nets.modules import Dropping
 from random_nets.spatial import FORMS
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -63,17 +64,31 @@ def tensors(out: Any) -> list[Tensor]:
     return []
 
 
+def identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+# what draws one number for every channel
+WITHOUT_CHANCE: dict[str, Any] = {
+    **{f"torch.nn.functional.{name}": identity for name in ("dropout", "dropout2d", "alpha_dropout")},
+    "torch.nn.functional.feature_alpha_dropout": identity,
+    "torch.nn.functional.rrelu": lambda x, **_: torch.where(x < 0, x * 11 / 48, x),
+    "torch.randn_like": torch.zeros_like,
+    "torch.randn": torch.zeros,
+    "torch.Tensor.bernoulli_": lambda x, *_: x.fill_(0.7),
+    "torch.Tensor.uniform_": lambda x, *_: x.zero_(),
+}
+
+
 def outputs(net: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
-    """What it returns, without dropout (which draws one number per channel) and with the same random depth."""
+    """What it returns, without dropout and noise, and with the same random depth."""
     net.train(training)
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.no_grad(),
-        mock.patch("torch.nn.functional.dropout", lambda x, *_, **__: x),
-    ):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.ExitStack() as stack:
+        for name, function in WITHOUT_CHANCE.items():
+            stack.enter_context(mock.patch(name, function))
         torch.manual_seed(7)
         return [t.clone() for t in tensors(run(net, inputs))]
 
@@ -361,6 +376,9 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     ),
     "residual in place": (Program((C, op("residual", inplace=True), LAST)), ["conv0.conv", "residual1.body.conv2"]),
     "stochastic depth": (Program((C, op("residual", drop=0.5), LAST)), ["conv0.conv", "residual1.body.conv1"]),
+    **{
+        f"random numbers, {form}": (Program((C, op("dropout", kind=form), LAST)), FIRST) for form in Dropping.FORMS
+    },
     "dropout": (Program((C, op("dropout"), C, op("dropout", kind="channel"), LAST)), ["conv0.conv", "conv2.conv"]),
     "concat": (Program((C, C, op("concat"), LAST)), ["conv0.conv", "conv1.conv", "conv3.conv"]),
     "concat with itself": (Program((C, op("concat_self", order="xrx"), LAST)), FIRST),

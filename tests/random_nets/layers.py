@@ -236,14 +236,14 @@ def flatten(x: Value, *, form: str = "flatten") -> Made:
     return (nn.Flatten() if form == "flatten" else Fn(lambda x: x.view(len(x), -1))), "vector"
 
 
-@ingredient(kind=st.sampled_from(("element", "channel", "function", "path")))
+@ingredient(often=2, kind=st.sampled_from(("element", "channel", "path", *Dropping.FORMS)))
 def dropout(x: Value, *, kind: str = "element") -> Made:
     if kind == "element":
         return nn.Dropout(0.3)
     if kind == "channel":
         return DROPOUT[x.dims](0.3) if x.dims else None
-    if kind == "function":
-        return Dropping()
+    if kind in Dropping.FORMS:
+        return Dropping(kind)
     return Residual(nn.Identity(), None, nn.Identity(), 0.5, False)
 
 

@@ -354,5 +354,34 @@ class FunctionalConv(nn.Module):
 
 
 class Dropping(nn.Module):
+    """Draws random numbers, for every channel others; most of it in train mode only."""
+
+    FORMS = ("function", "noise", "sized", "features", "alpha", "features_alpha", "leaky", "drawn", "scaled", "always")
+
+    def __init__(self, form: str = "function") -> None:
+        super().__init__()
+        self.form = form
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.3, training=self.training)
+        if self.form == "always":
+            return x + 0.1 * torch.randn_like(x)
+        if self.form == "leaky":
+            return F.rrelu(x, training=self.training)
+        if self.form in ("function", "alpha"):
+            function = F.dropout if self.form == "function" else F.alpha_dropout
+            return function(x, 0.3, training=self.training)
+        if not self.training:
+            return x
+        if self.form == "noise":
+            return x + 0.1 * torch.randn_like(x)
+        if self.form == "sized":
+            return x + 0.1 * torch.randn(x.shape, dtype=x.dtype)
+        if self.form == "drawn":
+            return x * x.new_empty(x.shape).bernoulli_(0.7) / 0.7
+        if self.form == "scaled":
+            return x * (1 + 0.1 * torch.zeros_like(x).uniform_(-1, 1))
+        if x.dim() < 3:
+            return x
+        if self.form == "features_alpha":
+            return F.feature_alpha_dropout(x, 0.3)
+        return F.dropout2d(x.flatten(2)[..., None], 0.3).view(x.shape)
