@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .budget import Complexity
 from .channels.tp_groups import dependency_groups
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
+from .outcome import reported
 from .plan import Method, Plan
 from .progress import logger, phase
-from .report.record import GroupReport, Report, versions
+from .report.record import Report
 from .search.close import cut, threshold_cut
 from .search.criteria import Criterion, Loss, criterion_scores
 from .search.loop import Search
@@ -35,7 +35,7 @@ from .storage.state import load_state, save_state
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_ungated, detach, is_gated
 from .surgery.optimizer import carry_optimizer
-from .surgery.slim import Keep, every_group
+from .surgery.slim import every_group
 
 if TYPE_CHECKING:
     from .channels.dependency import Group
@@ -199,7 +199,7 @@ class Session:
         if self.last is not None and self.last.seconds is not None:
             self.seconds["search"] = self.last.seconds
         self.seconds["cut"] = time.perf_counter() - start
-        self._report = _reported(self, slim, keep, *differences)
+        self._report = reported(self.plan, self.model, slim, keep, self.last, self.seconds, differences)
         return slim
 
     def dependency_groups(self) -> list[Group]:
@@ -355,41 +355,3 @@ def _learned(session: Session, search: Search) -> dict[str, Tensor]:
         return plan.by_group(threshold_cut(s, delta, thresholds, plan.limits, plan.sizes))
     rank = scores.rank(s).cpu()
     return plan.by_group(cut(plan.objective, rank, scores.floor, lambda units: plan.cost_of(units, session.model)))
-
-
-def _reported(session: Session, slim: nn.Module, keep: Keep, max_abs_diff: float, relative_diff: float) -> Report:
-    plan, last = session.plan, session.last
-    groups = []
-    left = {path for path, _ in slim.named_modules()}
-    for g in plan.groups:
-        kept = int(keep[g.name].sum()) if g.name in keep else g.channels
-        if not any(member.module in left for member in g.members):
-            kept = 0  # in a candidate that is gone
-        groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
-    before = plan.cost.dense
-    after = from_first(lambda: plan.measured(slim, session.model))
-    searched = last if last is not None and last.done > 0 else None
-    return Report(
-        before=before,
-        after=after,
-        groups=groups,
-        targets=plan.budget.fractions(before) if plan.budget is not None else {},
-        decided=searched.decided() if searched is not None else None,
-        max_abs_diff=max_abs_diff,
-        relative_diff=relative_diff,
-        seconds=dict(session.seconds),
-        history=list(last.history) if last is not None else [],
-        latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
-        versions=versions(),
-        notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after)],
-    )
-
-
-def _missed(plan: Plan, after: Complexity) -> list[str]:
-    """A sentence where the budget was not met."""
-    if plan.budget is None or plan.objective is None:
-        return []
-    ratio = plan.objective.measured(after) / float(plan.objective.targets[0])
-    if abs(ratio - 1) <= 0.01:
-        return []
-    return [f"the cut costs {ratio:.3g} times the budget: no structure that its channels allow was found nearer"]

@@ -22,7 +22,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
-from ..cost.by_layer import layer_flops
 from ..cost.latency import latencies
 from ..errors import DNALError, told
 from ..modules.layers import mixing
@@ -224,13 +223,9 @@ class Run:
         report = pruner.report
         report.seconds["search"] = seconds
         pruner.unwrap_model()  # the dense network as it was
-        networks = [pruner.bound_model, self.slim]
         with phase("measuring the latency"):
-            dense_ms, slim_ms = latencies(networks, self.dummy_input)
-        report.latency_ms = (dense_ms, slim_ms)
-        dense_bytes, slim_bytes = (sum(t.nbytes for t in network.state_dict().values()) for network in networks)
-        report.file_bytes = (dense_bytes, slim_bytes)
-        report.layer_flops = layer_flops(pruner.bound_model, self.slim, self.dummy_input)
+            dense, slim = latencies([pruner.bound_model, self.slim], self.dummy_input)
+        report.latency_ms = (dense, slim)
         after = self.accuracy(self.slim)
         if before is not None and after is not None:
             report.accuracy, report.accuracy_cut = (before, after), after if self.settings.epochs else None

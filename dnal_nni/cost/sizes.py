@@ -1,11 +1,12 @@
-"""The FLOPs of a network and of what was cut from it, layer by layer."""
+"""What reports say of sizes beside the count: FLOPs layer by layer, and bytes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..modules.gates import ScaledSigmoidGate
 from .count import flops_by_module
 
 
@@ -25,3 +26,11 @@ def _own(counts: dict[str, int]) -> dict[str, int]:
         if path:
             own[path.rpartition(".")[0]] -= counts[path]
     return own
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers in the state dict, each once and gates left out: what a file of ``model`` takes."""
+    gates = [module for module in model.modules() if isinstance(module, ScaledSigmoidGate)]
+    theirs = {id(t) for gate in gates for t in gate.state_dict(keep_vars=True).values()}
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.nbytes for key, t in tensors.items() if key not in theirs)

@@ -1,0 +1,72 @@
+"""What a search and its cut have to report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .budget import Complexity
+from .cost.sizes import layer_flops, tensor_bytes
+from .plan import Plan
+from .report.record import GroupReport, Report, versions
+from .search.loop import Search
+from .search.ranks import from_first
+from .surgery.slim import Keep
+
+
+def reported(
+    plan: Plan,
+    model: nn.Module,
+    slim: nn.Module,
+    keep: Keep,
+    search: Search | None,
+    seconds: Mapping[str, float],
+    differences: tuple[float, float],
+) -> Report:
+    """The report of a cut.
+
+    Args:
+        plan: of ``model``.
+        model: the uncut network, gated or not.
+        slim: the cut one.
+        keep: what was left.
+        search: the one that decided about it, or None.
+        seconds: what took how long, by name.
+        differences: of gated and cut network, as :func:`~dnal_nni.surgery.compare.check_equal` has them.
+    """
+    groups = []
+    left = {path for path, _ in slim.named_modules()}
+    for g in plan.groups:
+        kept = int(keep[g.name].sum()) if g.name in keep else g.channels
+        if not any(member.module in left for member in g.members):
+            kept = 0  # in a candidate that is gone
+        groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
+    before, searched = plan.cost.dense, search if search is not None and search.done > 0 else None
+    after, layers = from_first(lambda: (plan.measured(slim, model), layer_flops(model, slim, plan.dummy_input)))
+    return Report(
+        before=before,
+        after=after,
+        groups=groups,
+        targets=plan.budget.fractions(before) if plan.budget is not None else {},
+        decided=searched.decided() if searched is not None else None,
+        max_abs_diff=differences[0],
+        relative_diff=differences[1],
+        seconds=dict(seconds),
+        history=list(search.history) if search is not None else [],
+        latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
+        versions=versions(),
+        file_bytes=(tensor_bytes(model), tensor_bytes(slim)),
+        layer_flops=layers,
+        notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after)],
+    )
+
+
+def _missed(plan: Plan, after: Complexity) -> list[str]:
+    """A sentence where the budget was not met."""
+    if plan.budget is None or plan.objective is None:
+        return []
+    ratio = plan.objective.measured(after) / float(plan.objective.targets[0])
+    if abs(ratio - 1) <= 0.01:
+        return []
+    return [f"the cut costs {ratio:.3g} times the budget: no structure that its channels allow was found nearer"]
