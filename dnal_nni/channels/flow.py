@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -58,6 +59,27 @@ def compress(array: Tensor) -> Tensor:
             if array.stride(axis) == 0 or bool((array == first).all()):
                 array = first
     return array
+
+
+def reshaped(array: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """The labels behind a reshape from ``old`` to ``new``; axes that are merged and split among themselves go together.
+
+    Args:
+        array: labels of the tensor, size 1 along axes where the channel does not change.
+    """
+    sizes: list[int] = []  # of the axes, where something changes along those that they are merged with
+    result: list[int] = []
+    while len(sizes) < len(old) or len(result) < len(new):
+        into, out = list(old[len(sizes) : len(sizes) + 1]), list(new[len(result) : len(result) + 1])
+        while math.prod(into) != math.prod(out):
+            if math.prod(into) < math.prod(out):
+                into.append(old[len(sizes) + len(into)])
+            else:
+                out.append(new[len(result) + len(out)])
+        varies = any(n > 1 for n in array.shape[len(sizes) : len(sizes) + len(into)])
+        sizes += into if varies else [1] * len(into)
+        result += out if varies else [1] * len(out)
+    return compress(array.expand(sizes).reshape(result))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +311,8 @@ class Operation:
         """A test by evaluation: is the result 0 where these operands (numbers of its tensors) are 0?
 
         The other operands are random, not what they happen to be: a norm initialised to zero would prove anything.
-        And they are 0 too: a channel that is closed may be so in all of them.
+        And they are 0 too: a channel that is closed may be so in all of them. Elements are taken one by one (or by
+        broadcasting): some of them stand for all.
         """
         for sign in (1.0, -1.0, 0.0):
             generator = torch.Generator().manual_seed(0)
@@ -297,7 +320,8 @@ class Operation:
 
             def replaced(x: Any, sign: float = sign, generator: Any = generator, numbers: Any = numbers) -> Any:
                 if isinstance(x, Tensor):
-                    value = torch.randn(x.shape, generator=generator) * (0.0 if next(numbers) in where else sign)
+                    few = [min(n, 4) for n in x.shape]
+                    value = torch.randn(few, generator=generator) * (0.0 if next(numbers) in where else sign)
                     return value > 0 if x.dtype == torch.bool else value.to(x.dtype)
                 return type(x)([replaced(y) for y in x]) if isinstance(x, (list, tuple)) else x
 

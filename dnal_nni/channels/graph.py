@@ -8,6 +8,7 @@ ends. :mod:`dnal_nni.channels.trace` draws the edges.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +42,7 @@ class Vertex:
     def key(self) -> VertexKey:
         return self.path, self.side, self.dim
 
-    @property
+    @functools.cached_property
     def ids(self) -> Tensor:
         """The channels, int64 ``[size]``."""
         return torch.arange(self.offset, self.offset + self.size)

@@ -18,6 +18,7 @@ from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
 from .dependency import Dependencies, Graph
+from .flow import StoredSize
 from .graph import VertexKey, varying_axes
 from .trace import Trace
 from .work import shares
@@ -135,13 +136,19 @@ class _Slot:
 
 
 def trace(model: nn.Module, dummy_input: Any) -> Trace:
-    """The coupling graph of a copy of ``model``: one run in eval mode, one in train mode where the model has one."""
+    """The coupling graph of a copy of ``model``: one run in eval mode, one in train mode where the model has one.
+
+    Raises:
+        DNALError: the model returns nothing but NaN and infinity.
+    """
     model = clone(model)
     adapt(model)
     result = Trace(model)
     with seeded(model):
         model.eval()
-        result.run(dummy_input)
+        returned = [out for out in result.run(dummy_input) if out.numel()]
+        if returned and not any(bool(out.isfinite().any()) for out in returned):
+            raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
         model.train()
         try:
             result.run(dummy_input)
@@ -165,7 +172,9 @@ def find_groups(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list
     for group in groups if graph is not None else ():
         group.source = " (by torch-pruning's graph)"
         group.frozen = group.frozen and group.frozen + group.source
-    return groups + _choice_groups(traced.model)
+    groups += _choice_groups(traced.model)
+    vars(traced).clear()  # a circle: its copy of the model would stay up to some garbage collection
+    return groups
 
 
 def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
@@ -193,9 +202,12 @@ def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
     # one group for all units in the same layers: whatever its gate leaves open, no layer is left without channels
     parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for unit, where in touching.items():
-        if any(slots[i].key in graph.producers for i in where):
-            parts[tuple(where)].append(unit)
-    made = [_make_group(traced, [slots[i] for i in where], units, frozen) for where, units in parts.items()]
+        parts[tuple(where)].append(unit)
+    made = [
+        _make_group(traced, [slots[i] for i in where], units, frozen)
+        for where, units in parts.items()
+        if any(slots[i].key in graph.producers for i in where)
+    ]
     groups = [group for group, _ in made]
     _add_parts(traced, labels, made)
     groups.sort(key=lambda group: (rank(group.producers[0]), _first_channel(group)))
@@ -230,16 +242,15 @@ def groups_of(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list[C
     if any(x.numel() == 0 for x in flatten_tensors(dummy_input)):
         raise DNALError("the dummy_input has no elements: give it a batch of at least one")
     try:
-        with torch.no_grad():
-            returned = [out for out in flatten_tensors(call(clone(model).eval(), dummy_input)) if out.numel()]
-    except FORWARD_ERRORS as error:
-        what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
-        raise DNALError(f"the model rejects the dummy_input{what}: {str(error).splitlines()[0]}") from error
-    if returned and not any(bool(out.isfinite().any()) for out in returned):
-        raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
-    try:
         return find_groups(model, dummy_input, graph)
     except FORWARD_ERRORS as error:
+        try:  # is it the model's own?
+            with torch.no_grad():
+                call(clone(model).eval(), dummy_input)
+        except FORWARD_ERRORS as own:
+            what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
+            why = next(iter(str(own).splitlines()), type(own).__name__)
+            raise DNALError(f"the model rejects the dummy_input{what}: {why}") from own
         raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
 
 
@@ -267,14 +278,16 @@ def _make_group(
     root = sources[0]
     # units are numbered in the order of the root's channels, whatever labels the graph gave them
     in_root = root.units[np.isin(root.units, units)]
-    number = {int(u): i for i, u in enumerate(dict.fromkeys(in_root.tolist()))}
+    number = {u: i for i, u in enumerate(dict.fromkeys(in_root.tolist()))}
+    known, local = np.array(sorted(number)), np.array([i for _, i in sorted(number.items())])
     members = []
     for slot in slots:
         path, side, dim = slot.key
-        channels = np.flatnonzero(np.isin(slot.units, units))
-        local = torch.tensor([number[int(u)] for u in slot.units[channels]], dtype=torch.int64)
+        place = np.searchsorted(known, slot.units).clip(max=len(known) - 1)
+        channels = np.flatnonzero(known[place] == slot.units)
         axis = traced.channel_dims.get(path) if side == "both" and dim is None else None
-        members.append(Member(path, side, torch.from_numpy(channels), local, len(slot.units), dim, axis))
+        ours, numbers = torch.from_numpy(channels), torch.from_numpy(local[place[channels]])
+        members.append(Member(path, side, ours, numbers, len(slot.units), dim, axis))
     sites = [traced.graph.sites[slot.key] for slot in slots if slot.key in traced.graph.sites]
     bare_readers = [slot.key[0] for slot in slots if slot.key[1] == "both" and slot.key in traced.graph.sites]
     norms: tuple[str, ...] = ()
@@ -307,17 +320,20 @@ def _add_parts(
     traced: Trace | Dependencies, labels: np.ndarray, made: list[tuple[ChannelGroup, dict[int, int]]]
 ) -> None:
     """Tell every group which operations outside of layers its channels take part in."""
-    place = {unit: (i, local) for i, (_, number) in enumerate(made) for unit, local in number.items()}
+    group_of = np.full(labels.max(initial=-1) + 1, -1)
+    number_of = group_of.copy()
+    for i, (_, number) in enumerate(made):
+        units = np.array(list(number))
+        group_of[units], number_of[units] = i, np.array(list(number.values()))
     parts: dict[int, list[Part]] = defaultdict(list)
     for operation, (work, share) in enumerate(zip(traced.works, shares(traced.works))):
         for factor, ids in enumerate(work.factors):
             line = ids.reshape(-1).numpy()
-            found: dict[int, list[int]] = defaultdict(list)
-            for unit in labels[line[line >= 0]].tolist():
-                if unit in place:
-                    found[place[unit][0]].append(place[unit][1])
-            for i, units in found.items():
-                parts[i].append(Part(work.path, share, operation, factor, torch.tensor(units), line.size))
+            units = labels[line[line >= 0]]
+            groups = group_of[units]
+            for i in np.unique(groups[groups >= 0]).tolist():
+                numbers = torch.from_numpy(number_of[units[groups == i]])
+                parts[i].append(Part(work.path, share, operation, factor, numbers, line.size))
     for i, entries in parts.items():
         made[i][0].parts = tuple(entries)
 
@@ -330,20 +346,24 @@ def _stored_sizes(traced: Trace | Dependencies, labels: np.ndarray) -> list[_Slo
     """
     found: dict[VertexKey, _Slot] = {}
     for stored in traced.stored_sizes:
-        if varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
+        attributes = vars(traced.model.get_submodule(stored.path)).items()
+        kept = [name for name, value in attributes if _fits(name, value, stored)]
+        if not kept or varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
             continue
         line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()
         if len(np.unique(line[line >= 0])) < (line >= 0).sum():
             continue  # an axis that holds each channel several times, such as batch times heads
         units = np.where(line >= 0, labels[line], -1)
-        for name, value in vars(traced.model.get_submodule(stored.path)).items():
-            if name.startswith("_"):
-                continue
-            if stored.position is not None:
-                fits = isinstance(value, (list, tuple)) and tuple(value) == stored.sizes
-            else:
-                fits = type(value) is int and value == stored.sizes[0]
-            if fits:
-                key: VertexKey = (f"{stored.path}.{name}".lstrip("."), "size", stored.position)
-                found.setdefault(key, _Slot(key, units))
+        for name in kept:
+            key: VertexKey = (f"{stored.path}.{name}".lstrip("."), "size", stored.position)
+            found.setdefault(key, _Slot(key, units))
     return list(found.values())
+
+
+def _fits(name: str, value: Any, stored: StoredSize) -> bool:
+    """Whether an attribute may be where a forward has taken a size from."""
+    if name.startswith("_"):
+        return False
+    if stored.position is not None:
+        return isinstance(value, (list, tuple)) and tuple(value) == stored.sizes
+    return type(value) is int and value == stored.sizes[0]

@@ -57,14 +57,16 @@ class Trace(TorchDispatchMode):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def run(self, dummy_input: Any) -> None:
-        """Run the model once; whatever it returns keeps its channels."""
+    def run(self, dummy_input: Any) -> list[Tensor]:
+        """Run the model once; whatever it returns, and this does, keeps its channels."""
         with torch.no_grad(), self._hooks(), self:
             out = call(self.model, dummy_input)
-        for tensor in flatten_tensors(out):
+        returned = list(flatten_tensors(out))
+        for tensor in returned:
             labels = self.flow.of(tensor)
             for array in labels.arrays if labels else ():
                 self.graph.freeze(array, "the model returns these channels")
+        return returned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

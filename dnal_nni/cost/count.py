@@ -152,7 +152,7 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
 
 
 def _count(traced: _Traced, missed: set[str], stubbed: list[str]) -> Count:
-    with warnings.catch_warnings(), _as_the_tracer_needs_it():
+    with warnings.catch_warnings(), torch.no_grad(), _as_the_tracer_needs_it():
         warnings.simplefilter("ignore")  # the tracer's remarks on the user's forward
         analysis = FlopCountAnalysis(traced, traced.tensors)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

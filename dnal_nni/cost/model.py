@@ -64,6 +64,7 @@ class _Rows:
         self.of: dict[Any, int] = {}  # by (path, side, dim) of a member, or (operation, factor) of a part
         self._widths = [1]
         self._pieces: dict[tuple[int, bytes, bytes], int] = {}  # what tensors have of a group: most of them, all of it
+        self._seen: dict[tuple[int, bytes], int] = {}  # (offset of the group, units) -> piece
         self._means: dict[tuple[int, int], float] = {}  # (piece, unit) -> share
         self._shares: dict[tuple[int, int], float] = defaultdict(float)  # (row, piece) -> share
         offset = 0
@@ -86,11 +87,13 @@ class _Rows:
         if key not in self.of:
             self.of[key] = len(self.of) + 1
             self._widths.append(width)
-        unit, count = np.unique(units.numpy(), return_counts=True)
-        share = count / count.sum()
-        piece = self._pieces.setdefault((offset, unit.tobytes(), share.tobytes()), len(self._pieces))
-        self._means.update({(piece, offset + int(u)): float(s) for u, s in zip(unit, share)})
-        self._shares[self.of[key], piece] += len(units) / width
+        known = offset, units.numpy().tobytes()
+        if known not in self._seen:
+            unit, count = np.unique(units.numpy(), return_counts=True)
+            share = count / count.sum()
+            self._seen[known] = self._pieces.setdefault((offset, unit.tobytes(), share.tobytes()), len(self._pieces))
+            self._means.update({(self._seen[known], offset + u): s for u, s in zip(unit.tolist(), share.tolist())})
+        self._shares[self.of[key], self._seen[known]] += len(units) / width
 
 
 class Term(NamedTuple):

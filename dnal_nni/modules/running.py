@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +22,13 @@ def flatten_tensors(out: Any) -> Iterator[Tensor]:
     """Every tensor in what a model returns: nested lists, tuples, dicts, dataclasses, None and numbers included."""
     if isinstance(out, Tensor):
         yield out
-    elif isinstance(out, Mapping):
-        for value in out.values():
-            yield from flatten_tensors(value)
     elif isinstance(out, (list, tuple)):
         for value in out:
+            yield from flatten_tensors(value)
+    elif out is None or isinstance(out, (int, float, str)):
+        return
+    elif isinstance(out, Mapping):
+        for value in out.values():
             yield from flatten_tensors(value)
     elif dataclasses.is_dataclass(out) and not isinstance(out, type):
         for field in dataclasses.fields(out):
@@ -107,25 +110,29 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 def clone(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps computed tensors as attributes (``torch.nn.utils.weight_norm`` does)."""
-    return copy.deepcopy(model, _computed(model))
+    return copy.deepcopy(model, _easily_copied(model))
 
 
 def twin(model: nn.Module, values: Callable[[Tensor], Tensor] = torch.detach) -> nn.Module:
     """A copy whose parameters are ``values`` of the model's: by default they share its memory. Buffers are its own."""
-    memo: dict[int, Any] = _computed(model)
+    memo = _easily_copied(model)
     for p in model.parameters():
         if type(p).__deepcopy__ is nn.Parameter.__deepcopy__:
             memo[id(p)] = type(p)(values(p.detach()), p.requires_grad)
     return copy.deepcopy(model, memo)
 
 
-def _computed(model: nn.Module) -> dict[int, Tensor]:
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+def _easily_copied(model: nn.Module) -> dict[int, Any]:
+    """Copies that deepcopy cannot make (computed tensors), or is slow at (modules have a dozen empty dicts), by id."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                if not value.is_leaf:
+                    copies[id(value)] = value.detach().clone()
+            elif type(value) in (OrderedDict, dict, set) and not value:
+                copies[id(value)] = type(value)()
+    return copies
 
 
 def raised_in(error: BaseException, torch_too: bool = False) -> nn.Module | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..flow import Flow, Operation, StoredSize, axes_of, compress
+from ..flow import Flow, Operation, StoredSize, axes_of, compress, reshaped
 from .registry import rule
 
 
@@ -66,7 +66,7 @@ def reshape(flow: Flow, op: Operation) -> None:
         return
     arrays = []
     for array in labels.arrays:
-        new = compress(array.expand(labels.shape).reshape(op.out.shape))
+        new = reshaped(array, labels.shape, op.out.shape)
         arrays.append(new)
         if len(axes_of(new)) > 1:
             flow.graph.require_rectangle(new)
