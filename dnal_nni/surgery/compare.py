@@ -15,6 +15,7 @@ from ..errors import DNALError
 from ..modules.chance import WithoutChance
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded, twin
 from .changes import newly_baked
+from .precise import speed_up_convolutions
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|, by the dtype of the comparison."""
@@ -110,13 +111,14 @@ class Comparison:
         self.expected: Outputs = ([], [])
         self._draws: set[str] = set()
         self._dtype = floating_dtype(gated)
-        self._fewest = VALUES  # that a batch norm averages over, at least, counted in eval mode
+        self._values = values = [VALUES]  # that batch norms average over, counted in eval mode
+
+        def count(norm: nn.Module, args: tuple[Tensor, ...]) -> None:  # knows nothing of the model: no circle
+            values.append(args[0].numel() // args[0].shape[1])
+
         for module in gated.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_pre_hook(self._count)
-
-    def _count(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._fewest = min(self._fewest, args[0].numel() // args[0].shape[1])
+                module.register_forward_pre_hook(count)
 
     def gap(self, slim: nn.Module, inputs: Any, mode: str, watch: Collection[str] = (), returned: bool = True) -> Gap:
         """Run both in one mode, see :func:`difference`.
@@ -133,9 +135,9 @@ class Comparison:
         """
         batches = [inputs]
         if mode == "eval":
-            self._fewest = VALUES
-        elif self._fewest < VALUES:
-            batches.insert(0, example_like(inputs, self._dtype, -(-VALUES // max(1, self._fewest))))
+            self._values[:] = [VALUES]
+        elif min(self._values) < VALUES:
+            batches.insert(0, example_like(inputs, self._dtype, -(-VALUES // max(1, min(self._values)))))
         for batch in batches:  # a model may insist on its batch size
             expected = _reference(self.gated, batch, watch, mode, self._draws)
             if expected is not None:
@@ -322,7 +324,9 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy with all floating tensors in ``dtype``; it shares no memory with ``model``."""
-    return twin(model, partial(_converted, dtype=dtype, copy=True)).to(dtype)
+    copy = twin(model, partial(_converted, dtype=dtype, copy=True)).to(dtype)
+    speed_up_convolutions(copy)
+    return copy
 
 
 def _converted(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:

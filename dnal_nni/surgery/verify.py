@@ -60,7 +60,7 @@ def random_keep(groups: Sequence[ChannelGroup], fraction: float | None = 0.3, se
     for group in groups:
         if group.frozen is None:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {group.name}".encode()))
-            share = fraction if fraction is not None else float(0.3 + 0.6 * torch.rand((), generator=generator))
+            share = fraction if fraction is not None else float(0.1 + 0.6 * torch.rand((), generator=generator))
             drop = min(max(1, round(share * group.channels)), group.channels - max(1, group.least))
             mask = torch.ones(group.channels, dtype=torch.bool)
             mask[torch.randperm(group.channels, generator=generator)[:drop]] = False
