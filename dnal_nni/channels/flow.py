@@ -66,6 +66,8 @@ def reshaped(array: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
     Args:
         array: labels of the tensor, size 1 along axes where the channel does not change.
+        old: shape of the tensor.
+        new: shape that it gets.
     """
     sizes: list[int] = []  # of the axes, where something changes along those that they are merged with
     result: list[int] = []

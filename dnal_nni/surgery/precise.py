@@ -18,11 +18,11 @@ _ALL = slice(None)
 
 def speed_up_convolutions(model: nn.Module) -> None:
     """Let the float64 convolutions of ``model`` that would be slow run tap by tap, in place; copies of it do so too."""
-    for module in model.modules():
-        kind = _TAPS.get(type(module))
-        if kind is not None and module.weight.dtype is torch.float64 and not module.weight.is_cuda:
-            if len(module.kernel_size) == 3 or 1 < module.groups == module.in_channels:
-                module.__class__ = kind
+    convolutions: list[Any] = [module for module in model.modules() if type(module) in _TAPS]
+    for conv in convolutions:
+        slow = len(conv.kernel_size) == 3 or 1 < conv.groups == conv.in_channels
+        if slow and conv.weight.dtype is torch.float64 and not conv.weight.is_cuda:
+            conv.__class__ = _TAPS[type(conv)]
 
 
 def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
