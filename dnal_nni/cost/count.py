@@ -131,6 +131,8 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
     model = clone(model).eval()
     detach(model)
     adapt(model)  # modules that are counted by their layers, before and after a cut
+    for parameter in model.parameters():  # the fast path of attention, taken without gradients, hides what it computes
+        parameter.requires_grad_(parameter.is_floating_point())
     traced = _Traced(model, dummy_input)
     stubbed: list[str] = []
     while True:
@@ -202,21 +204,17 @@ def _stub(traced: _Traced, path: str) -> None:
 
 @contextlib.contextmanager
 def _as_the_tracer_needs_it() -> Iterator[None]:
-    """Attention without the fast path, which hides what it computes; torch's checks of sizes, which are tensors here.
-
-    ``F.max_unpool2d`` checks its sizes, and cannot be traced otherwise (torch 2.14).
-    """
-    fast, check = torch.backends.mha.get_fastpath_enabled(), torch._check_with
-    torch.backends.mha.set_fastpath_enabled(False)
+    """With gradients; and with torch's checks of sizes, which are tensors here: ``F.max_unpool2d`` has them (2.14)."""
+    check = torch._check_with
 
     def of_tensors(error_type: type[BaseException], cond: Any, message: Any) -> None:
         check(error_type, bool(cond), message)
 
     torch._check_with = of_tensors
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         torch._check_with = check
 
 
