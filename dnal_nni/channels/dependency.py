@@ -191,19 +191,30 @@ def check_graph(graph: Any, model: nn.Module, shapes: Shapes) -> None:
         layer, path = layer_of(module) if isinstance(module, nn.Module) else None, paths.get(id(module))
         if cut or layer is None or path is None or not shapes.outputs[path]:
             continue
-        then = [tuple(made.shape) for made in getattr(node.grad_fn, "_input_metadata", ())]
-        now = [tuple(shape) for shape in shapes.outputs[path]]
+        verb, then = _recorded(node.grad_fn)
+        now = [tuple(shape) for shape in (shapes.outputs if verb == "gives" else shapes.inputs)[path]]
         if not then or any(a[1:] == b[1:] for a in then for b in now):
             continue
         axis = layer.input_axis(module)
         cut = len(then[0]) == len(now[0]) and then[0][axis] != now[0][axis]
         if not cut:
             raise DNALError(
-                f"graph= was built for another input: {path} gives {list(now[0])} for the dummy_input, and gave "
-                f"{list(then[0])}: {again}"
+                f"graph= was built for another input: {path} {verb} {list(then[0])} there, and {list(now[0])} for the "
+                f"dummy_input: {again}"
             )
     if cut:
         raise DNALError(f"graph= was built ahead of a cut of the model: {again}")
+
+
+def _recorded(function: Any) -> tuple[Literal["gives", "gets"], list[tuple[int, ...]]]:
+    """Shapes that autograd kept of the outputs of a layer; ahead of torch 2.3, of the input, where it kept that."""
+    if hasattr(function, "_input_metadata"):
+        return "gives", [tuple(made.shape) for made in function._input_metadata]
+    try:
+        saved = getattr(function, "_saved_input", None)
+    except RuntimeError:  # freed by a backward pass
+        saved = None
+    return "gets", [tuple(saved.shape)] if isinstance(saved, Tensor) else []
 
 
 class _Index(NamedTuple):
