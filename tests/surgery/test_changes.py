@@ -26,7 +26,7 @@ class Both(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, 6, 3)
         self.register_buffer("scale", torch.linspace(1, 2, 6), persistent=False)
-        with pytest.warns(FutureWarning):
+        with pytest.warns((FutureWarning, UserWarning)):
             self.a = weight_norm(nn.Conv2d(6, 6, 3, padding=1))
         self.mix = Mixture({name: nn.Conv2d(6, 6, 1) for name in ("one", "two", "three")}, "mix")
         self.depth = Depth([nn.Conv2d(6, 6, 1) for _ in range(3)], [1, 2, 3], "depth")
