@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..modules.running import flatten_tensors
 from .graph import CouplingGraph, Vertex
 from .made import Made
+from .uses import Uses
 
 Arrays = tuple[Tensor, ...]
 Site = frozenset[str] | None
@@ -119,6 +120,7 @@ class Flow:
         self.frame = frame
         self._labels: Any = WeakIdKeyDictionary()
         self.made = Made()
+        self.uses = Uses(graph)
         self.stored_sizes: list[StoredSize] = []
 
     # -- labels -------------------------------------------------------------------------------------------------------
@@ -198,11 +200,18 @@ class Flow:
             (v for v in self.graph.vertices.values() if v.dim is not None and torch.equal(v.ids, ids)), None
         )
 
-    def mix(self, labels: Labels | None, axes: Sequence[int], what: str) -> Arrays:
+    def mix(self, labels: Labels | None, axes: Sequence[int], what: str, if_used: bool = False) -> Arrays:
         """The arrays behind an operation that combines all elements along ``axes``, which keep their size.
 
         Channels that differ only along those axes are frozen, for the reason ``what``; where they differ along others
         too, they are coupled along ``axes``: whole slices may still go.
+
+        Args:
+            labels: of the tensor that enters.
+            axes: numbers of its axes.
+            what: the reason, such as "mean runs over the channels".
+            if_used: whether the operation runs with fewer channels too, so that they need to stay only where its
+                result reaches something.
         """
         if labels is None:
             return ()
@@ -211,7 +220,7 @@ class Flow:
         for array in labels.arrays:
             mixed = [axis for axis in axes_of(array) if axis in axes]
             if mixed and set(axes_of(array)) <= set(axes):
-                self.graph.freeze(array, self.why(what))
+                (self.uses.hold if if_used else self.graph.freeze)(array, self.why(what))
                 continue
             if mixed:
                 first = array

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class CouplingGraph:
         """Where channels start: the outputs of layers that mix their inputs."""
         self.total = 0
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
-        self._frozen: list[tuple[np.ndarray, str]] = []
+        self._frozen: list[tuple[np.ndarray, str] | None] = []
         self._rectangles: list[tuple[np.ndarray, int | None]] = []
         self.sites: dict[VertexKey, frozenset[str] | None] = {}
         """For every reader of channels: the norms that a channel passes last on its way there; a gate on the affine of
@@ -94,9 +94,15 @@ class CouplingGraph:
             first.scatter_reduce_(0, numbers, ids, "amin")
             self.couple(first[numbers], ids, "")
 
-    def freeze(self, ids: Tensor, reason: str) -> None:
-        """Keep these channels, and whatever is coupled with them."""
+    def freeze(self, ids: Tensor, reason: str) -> int:
+        """Keep these channels, and whatever is coupled with them; a number for :meth:`free`."""
         self._frozen.append((np.unique(ids[ids >= 0].numpy()), reason))
+        return len(self._frozen) - 1
+
+    def free(self, numbers: Iterable[int]) -> None:
+        """Take back what :meth:`freeze` did; other reasons to keep the same channels remain."""
+        for number in numbers:
+            self._frozen[number] = None
 
     def require_rectangle(self, ids: Tensor, axis: int | None = None) -> None:
         """``ids`` lie in a tensor with several axes: what is removed must be whole slices along one of them.
@@ -133,7 +139,7 @@ class CouplingGraph:
     def frozen_units(self, labels: np.ndarray) -> dict[int, str]:
         """Units that must stay, with the reason given first."""
         frozen: dict[int, str] = {}
-        for ids, reason in self._frozen:
+        for ids, reason in filter(None, self._frozen):
             for unit in np.unique(labels[ids]):
                 frozen.setdefault(int(unit), reason)
         return frozen

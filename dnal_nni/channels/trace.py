@@ -66,6 +66,8 @@ class Trace(TorchDispatchMode):
             labels = self.flow.of(tensor)
             for array in labels.arrays if labels else ():
                 self.graph.freeze(array, "the model returns these channels")
+        self.flow.uses.computed(returned, ())
+        self.flow.uses.finish(self.model)
         return returned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,6 +114,10 @@ class Trace(TorchDispatchMode):
                 self._layer(path, module, x, labels, out)
             else:
                 self.flow.freeze(labels, f"{path} returns no tensor")
+            # statistics that move are a use of their own
+            moves = module.training and next(module.buffers(), None) is not None
+            entering = flatten_tensors([args, list(kwargs.values())])
+            self.flow.uses.computed(entering, () if moves else flatten_tensors(out))
 
     def finish(self) -> None:
         """After the last run: layers whose tensors others read too must stay whole."""
@@ -155,7 +161,6 @@ class Trace(TorchDispatchMode):
             zero = per_channel and getattr(module, "bias", None) is None and labels is not None
             made = [lay(ends["out"].ids, axis % out.dim(), out.dim())] if widths["out"] > 1 else []
             self.flow.put(out, [*made, *passed], labels.site if zero and labels else None)
-
 
     def _passing(
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor

@@ -500,6 +500,7 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     ),
     "a module under two names": (Program((C, op("two_names"), LAST)), ["conv0.conv", "two_names1.conv"]),
     "a layer norm by hand": (Program((C, op("own_norm"), LAST)), FIRST),
+    "a mean that nobody uses": (Program((C, op("unused"), LAST)), FIRST),
     "an LSTM reads it": (Program((C, op("read"), op("linear"))), FIRST),
     "a bidirectional GRU reads it": (Program((C, op("read", form=nn.GRU, both=True), op("linear"))), FIRST),
     "deformable": (Program((C, op("deformable"), op("norm"), LAST)), ["conv0.conv", "deformable1.conv"]),

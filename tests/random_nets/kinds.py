@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .layers import SOME, WIDTHS
+from .modules import Fn
 from .program import CONV, Made, Value, ingredient
 
 
@@ -103,3 +105,29 @@ class OwnNorm(nn.Module):
 @ingredient()
 def own_norm(x: Value) -> Made:
     return OwnNorm(x.channels) if x.dims == 2 else None
+
+
+@ingredient(how=st.sampled_from(("mean", "entropy", "attention")))
+def unused(x: Value, *, how: str = "mean") -> Made:
+    """A mix of channels that nobody uses; the averaged weights of attention, for one."""
+    dim = x.dim
+    if how == "attention":
+        return Averaging(x.channels) if x.kind == "tokens" and x.channels % 2 == 0 else None
+
+    def computed(x: Tensor) -> Tensor:
+        mixed = x.mean(dim, keepdim=True) if how == "mean" else x.softmax(dim)
+        (mixed * mixed.log1p()).sum(dim)
+        return F.relu(x)
+
+    return Fn(computed)
+
+
+class Averaging(nn.Module):
+    """``nn.MultiheadAttention`` as most code calls it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x)[0]

@@ -36,6 +36,12 @@ def _is_pointwise(func: Any, functional: str) -> bool:
 def run(flow: Flow, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation, and label what it returns. Where no rule can follow, what enters is frozen."""
     tensors = list(flatten_tensors([args, list(kwargs.values())]))
+    out = _labelled(flow, func, args, kwargs, tensors)
+    flow.uses.operation(func, tensors, out)
+    return out
+
+
+def _labelled(flow: Flow, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
     labels = [flow.of(t) for t in tensors]
     target = tensors[0] if in_place(func) and tensors else None
     unlabelled = target is not None and labels[0] is None

@@ -20,7 +20,8 @@ def _combine(flow: Flow, op: Operation, axes: Sequence[int]) -> None:
         return
     rank = len(labels.shape)
     axes = [axis % rank for axis in axes]
-    arrays = flow.mix(labels, axes, f"{op.name} runs over the channels")
+    any_number = op.name not in ("topk", "kthvalue")  # of so many
+    arrays = flow.mix(labels, axes, f"{op.name} runs over the channels", any_number)
     site = labels.site if op.name in ZEROS else None
     for out in flatten_tensors(op.out):
         kept = arrays
