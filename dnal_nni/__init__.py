@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .storage.compressed import load_compressed as load_compressed
     from .storage.compressed import save_compressed as save_compressed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # imported at first use: `import dnal_nni` needs neither nni nor matplotlib
 _HOME = {

@@ -2,8 +2,9 @@
 
     python examples/quickstart.py --out out
 
-About a minute on two CPU cores; nothing is downloaded. Writes OUT/report.json, OUT/report.html and OUT/widths.png.
-Expect about 98 % accuracy before and after.
+Under a minute on one CPU core; nothing is downloaded. Expect some 99 % accuracy before and after. Writes to OUT:
+slim.safetensors, the smaller network, for dnal_nni.load_compressed; report.html, to look at; report.json, for programs;
+widths.png, a picture.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
-from dnal_nni import Budget, DNALPruner
+from dnal_nni import Budget, DNALPruner, save_compressed
 from dnal_nni.cost.latency import latencies
 
 BATCH = 64
@@ -107,6 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # the network is small: more threads would spend their time waiting for each other
 
     train_x, test_x, train_y, test_y = digits()
     model = network()
@@ -130,13 +132,15 @@ def main() -> None:
                 pruner.save_checkpoint(checkpoint, optimizer)
     slim = pruner.speedup()
     update_bn(data[:20], slim)
+    cut = accuracy(slim, test_x, test_y)
     train(slim, batches(train_x, train_y, 20, args.seed + 2), 0.05, "fine-tune")
 
     report = pruner.report
     report.command = shlex.join(["python", *sys.argv])
-    report.accuracy = (before, accuracy(slim, test_x, test_y))
+    report.accuracy, report.accuracy_cut = (before, accuracy(slim, test_x, test_y)), cut
     dense_ms, slim_ms = latencies([dense, slim], test_x)
     report.latency_ms = (dense_ms, slim_ms)
+    report.notes.append(f"latency is that of a batch of {len(test_x)} images of 8 x 8, on one thread")
     print(report)
 
     result = {
@@ -152,10 +156,18 @@ def main() -> None:
     partial = args.out / "report.json.partial"
     partial.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(partial, args.out / "report.json")
+    save_compressed(slim, args.out / "slim.safetensors", report)
     report.plot_widths(args.out / "widths.png")
     (args.out / "report.html").write_text(report.to_html())
     checkpoint.unlink(missing_ok=True)
-    print(f"\nwritten: {', '.join(str(args.out / name) for name in ('report.json', 'report.html', 'widths.png'))}")
+    print("\nwritten:")
+    for name, what in (
+        ("slim.safetensors", "the smaller network: load_compressed(network(), path)"),
+        ("report.html", "how it came about, to look at"),
+        ("report.json", "the same for programs"),
+        ("widths.png", "channels before and after"),
+    ):
+        print(f"  {args.out / name}  {what}")
 
 
 if __name__ == "__main__":
