@@ -3,7 +3,7 @@
     python benchmarks/zoo.py                           # what benchmarks/results/zoo.jsonl lacks for this commit
     python benchmarks/zoo.py --only resnet18,timm_dla34 --again
     python benchmarks/zoo.py --graph torch-pruning     # the same with its graph: benchmarks/results/zoo_graph.jsonl
-    python benchmarks/zoo.py --table                   # benchmarks/results/zoo*.jsonl -> docs/models.md
+    python benchmarks/zoo.py --table                   # these, and what zoo_criteria.py found, -> docs/models.md
 
 Every model runs in a process of its own, with one thread and limits on wall-clock time and memory: random weights,
 norms and scales moved away from their initial values, groups found and verified, then a random 30 % cut that the
@@ -40,6 +40,7 @@ from provenance import commit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_models import MODELS, Entry
+from zoo_table import summary, write_table
 
 from dnal_nni import DNALError, measure
 from dnal_nni.channels.groups import find_groups
@@ -50,12 +51,11 @@ from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_fre
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
 GRAPH_RESULTS = RESULTS.with_name("zoo_graph.jsonl")
+CRITERIA_RESULTS = RESULTS.with_name("zoo_criteria.jsonl")  # of zoo_criteria.py
 TABLE = ROOT / "docs" / "models.md"
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest max|gated - sliced| / max|gated| of a network that counts as equal."""
-SHRUNK = 0.8
-"""Largest share of the FLOPs that a network which lost a useful part has left after the 30 % cut."""
 CUT = 0.3
 CUT_SEED = 7_919  # verify_and_freeze seeds its own cuts 1, 2, 3, ...
 VERIFY_SECONDS = 60.0
@@ -72,7 +72,7 @@ REASON_CLASSES = (
     ("output would change", r"change(s)? the output"),
     ("nothing reads it", r"no layer reads"),
     ("all or nothing", r"only be removed all at once"),
-    ("graph cannot follow", r"torch-pruning (cannot|does not)|channels of .* meet|not every input|more than once"),
+    ("graph cannot follow", r"graph gives|graph has no node|channels of .* meet|not every input|more than once"),
     ("layer mixes channels", r"mixes its channels"),
     ("computed weight", r"computed from other tensors|is not a parameter"),
     ("tied weights", r"are tied"),
@@ -413,72 +413,6 @@ def one_line(record: Record) -> str:
     )
 
 
-def summary(records: Sequence[Record]) -> str:
-    """Counts over all records."""
-    status = Counter(record["status"] for record in records)
-    shrunk = sum(record["status"] == "exact" and record["flops"]["left"] <= SHRUNK for record in records)
-    whole = sum(record["status"] == "exact" and record["groups"]["gated"] == 0 for record in records)
-    late = sum("not verified in time" in record.get("reasons", {}) for record in records)
-    return (
-        f"{len(records)} models: {', '.join(f'{n} {name}' for name, n in status.most_common())} ({whole} of the exact "
-        f"because left whole); {shrunk} exact with at most {SHRUNK:.0%} of the FLOPs left; {late} with groups not "
-        "verified in time"
-    )
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def write_table(records: Mapping[str, Record], path: Path) -> None:
-    """The results as a page of the documentation."""
-    rows = [records[name] for name in MODELS if name in records]
-    commits = sorted({record["commit"] for record in rows})
-    versions = rows[0]["versions"]
-    lines = [
-        "# Models",
-        "",
-        "Written by `python benchmarks/zoo.py --table` from `benchmarks/results/zoo.jsonl`; do not edit.",
-        "",
-        f"{summary(rows)}.",
-        "",
-        "Random weights, norms and scales moved away from their initial values. Groups: gated / all (the classifier is "
-        "always left whole). FLOPs left: at a random 30 % cut of every gated group. Difference: the largest "
-        "max|gated - sliced| / max|gated| over all outputs, in float64, the worse of eval and train mode (detectors: "
-        "eval, the raw outputs of their heads included; RAFT: float32). Seconds: finding, verifying, planning, gating "
-        "and slicing, one thread.",
-        "",
-        f"Package commit {', '.join(c[:12] for c in commits)}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + ".",
-    ]
-    for task in dict.fromkeys(entry.task for entry in MODELS.values()):
-        chosen = [record for record in rows if record["task"] == task]
-        if not chosen:
-            continue
-        lines += [
-            "",
-            f"## {task.capitalize()}",
-            "",
-            "| model | input | groups | FLOPs left | difference | seconds | left whole |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [table_row(record) for record in chosen]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def table_row(record: Record) -> str:
-    shape = "x".join(map(str, record.get("input", [])[1:]))
-    if "relative" not in record:
-        return f"| {record['model']} | {shape} | - | - | - | - | {record['status']} in {record['phase']} |"
-    groups = record["groups"]
-    reasons = ", ".join(f"{name} {number}" for name, number in record["reasons"].items())
-    return (
-        f"| {record['model']} | {shape} | {groups['gated']}/{groups['all']} | {record['flops']['left']:.0%} "
-        f"| {max(record['relative'].values()):.0e} | {record['seconds']['total']:.1f} | {reasons} |"
-    )
-
-
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -507,7 +441,7 @@ def main() -> None:
     if args.worker:
         worker(lambda report: run_model(MODELS[args.worker], args.seconds, report, args.graph))
     elif args.table:
-        write_table(load(args.out or RESULTS), TABLE)
+        write_table(load(args.out or RESULTS), load(GRAPH_RESULTS), load(CRITERIA_RESULTS), TABLE)
     else:
         options = ["--graph", args.graph] if args.graph else []
         out = args.out or (GRAPH_RESULTS if args.graph else RESULTS)

@@ -25,8 +25,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from zoo import (
+    CRITERIA_RESULTS,
     EXACT,
-    RESULTS,
     VERIFY_SECONDS,
     WALL_SECONDS,
     Record,
@@ -49,7 +49,6 @@ from dnal_nni.search.settings import Setting
 from dnal_nni.session import Session
 from dnal_nni.surgery.verify import hard_gated_copy
 
-OUT = RESULTS.with_name("zoo_criteria.jsonl")
 RATIO, FLOPS = 0.3, 0.5
 Dropped = dict[str, set[int]]  # by path: input channels of a convolution or linear layer, channels of a norm
 
@@ -182,7 +181,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=VERIFY_SECONDS, help="limit of the verification")
     parser.add_argument("--wall", type=float, default=2 * WALL_SECONDS, help="limit of each model")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=CRITERIA_RESULTS)
     parser.add_argument("--worker", metavar="NAME", help="one model in this process (used by the script itself)")
     args = parser.parse_args()
     if args.worker:

@@ -19,7 +19,7 @@ from .cost.model import CostModel
 from .errors import DNALError
 from .progress import logger, phase
 from .search.close import exact_cut
-from .search.criteria import Criterion, criterion_scores, relative
+from .search.criteria import Criterion, check_criterion, criterion_scores, relative
 from .search.importance import importance
 from .search.loop import ArchOptimizer
 from .search.objective import Limits, Objective
@@ -198,8 +198,8 @@ class Method:
             raise DNALError(f"lambda_={self.lambda_!r}: must be a number >= 0")
         if self.arch_lr is not None and not 0 <= self.arch_lr < float("inf"):
             raise DNALError(f"arch_lr={self.arch_lr!r}: must be a number >= 0, or None for the preset's own")
-        if self.importance is not None and not callable(self.importance):
-            raise DNALError(f"importance={self.importance!r}: pass a criterion, as tp.importance.MagnitudeImportance()")
+        if self.importance is not None:
+            check_criterion(self.importance)
         if self.importance is not None and self.preset == "paper":
             raise DNALError("importance= goes with preset='default': the paper's search starts with all gates alike")
 

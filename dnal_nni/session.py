@@ -155,15 +155,16 @@ class Session:
         return chosen
 
     def choose(
-        self, criterion: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
+        self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
     ) -> dict[str, Tensor]:
         """Fix every gate by what a criterion says of the weights as they are, cut to the budget: no search.
 
         Args:
-            criterion: ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score for each
+            importance: ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score for each
                 channel of its root. Of all groups the lowest go first, down to the floor that a search has too.
             batches: for criteria that need gradients or activations; None: the gradients that the parameters have.
-            loss: from the model and a batch to its loss, 0-d; None: cross entropy of ``(inputs, labels)``.
+            loss: from the model and a batch to its loss, 0-d; None: cross entropy of ``(inputs, labels)``. A criterion
+                of activations (``tp.importance.ActivationImportance``) needs none, where batches are inputs alone.
 
         Returns:
             as :meth:`harden`.
@@ -174,7 +175,7 @@ class Session:
         objective = plan.objective
 
         def chosen() -> Tensor:
-            scores = criterion_scores(self.model, plan.active, criterion, batches, loss)
+            scores = criterion_scores(self.model, plan.active, importance, batches, loss)
             return cut(objective, scores, objective.floor(), lambda units: plan.cost_of(units, self.model))
 
         keep = self.harden(plan.by_group(from_first(chosen)))

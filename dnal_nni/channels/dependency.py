@@ -121,6 +121,16 @@ class Dependencies:
             self.channel_dims[path] = axis - len(shape)
 
     def _finish(self) -> None:
+        whole: tuple[str, ...] = ()  # what somebody's functions cut as one
+        for path, module in self.model.named_modules():
+            layer = layer_of(module)
+            if isinstance(layer, FunctionLayer):
+                whole += (f"{path}.",)
+            elif layer and layer.mixes and path in self._shapes.inputs and not path.startswith(whole):
+                if path not in self.ends:
+                    why = f"the graph has no node for {path}: it was told to ignore it, or autograd did not follow it"
+                    for vertex in self.vertices(path, layer).values():
+                        self.graph.freeze(vertex.ids, why)
         _, tied = names_of_tensors(self.model)
         owners = {name.rpartition(".")[0] for name in tied}
         for vertex in self.graph.vertices.values():

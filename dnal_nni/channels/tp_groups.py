@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..modules.functions import FunctionLayer
 from ..modules.layers import Layer, layer_of
@@ -21,31 +21,32 @@ if TYPE_CHECKING:
 def dependency_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Group]:
     """Every group of channels that is not left whole, as a ``torch_pruning.Group`` over the modules of ``model``.
 
-    Item 0 is the root: the layer that the group is named after. ``idxs`` are channels of each layer, ``root_idxs`` the
-    places among the root's ``idxs`` that they go with: criteria return one score for each of those.
-    :func:`units_of_root` says which unit they belong to.
+    Item 0 is the root: :func:`roots`' first. ``idxs`` are channels of each layer, ``root_idxs`` the places among the
+    root's ``idxs`` that they go with: criteria return one score for each of those, which belongs to the unit that
+    ``root.units`` says.
     """
-    tp = torch_pruning()
-    graph = tp.DependencyGraph()
-    # what build_dependency sets, but for the nodes' dependencies: those are in the groups
-    vars(graph).update(
-        model=model,
-        module2node={},
-        ignored_params=[],
-        _module2name={module: name for name, module in model.named_modules()},
-        _param_to_name={p: name for name, p in model.named_parameters()},
-    )
-    return [_group(model, graph, group) for group in groups if group.frozen is None and not group.choice]
+    graph = _graph(model)
+    return [_group(model, graph, g, roots(model, g)[0]) for g in groups if g.frozen is None and not g.choice]
 
 
-def root_of(group: ChannelGroup) -> Member:
-    """The member whose channels criteria score."""
-    return next(m for m in group.members if m.path == group.producers[0] and m.side != "in")
+def rooted(model: nn.Module, group: ChannelGroup, root: Member) -> Group:
+    """One group as a ``torch_pruning.Group`` with another one of its :func:`roots`."""
+    return _group(model, _graph(model), group, root)
 
 
-def units_of_root(group: ChannelGroup) -> Tensor:
-    """The unit of each channel of the root, int64 ``[width]``: usually one each."""
-    return root_of(group).units
+def roots(model: nn.Module, group: ChannelGroup) -> list[Member]:
+    """What may be the root of a group: layers that make its channels, those that read or scale them, then parameters.
+
+    Criteria take it for granted that what they look at first has as many channels as the root, and they look at no bare
+    parameters, such as the projection of an attention.
+    """
+    able = [m for m in group.members if _target(model, m) is not None]
+
+    def rank(member: Member) -> tuple[bool, int]:
+        made = member.side != "in" and member.path in group.producers
+        return member.bare, group.producers.index(member.path) if made else len(group.producers)
+
+    return sorted(able, key=rank)
 
 
 class _Record:
@@ -76,9 +77,21 @@ class _Record:
         return widths.get("in", widths.get("both"))
 
 
-def _group(model: nn.Module, graph: Any, group: ChannelGroup) -> Group:
+def _graph(model: nn.Module) -> Any:
+    """A dependency graph without nodes: what build_dependency sets, but for the dependencies, which groups hold."""
+    graph = torch_pruning().DependencyGraph()
+    vars(graph).update(
+        model=model,
+        module2node={},
+        ignored_params=[],
+        _module2name={module: name for name, module in model.named_modules()},
+        _param_to_name={p: name for name, p in model.named_parameters()},
+    )
+    return graph
+
+
+def _group(model: nn.Module, graph: Any, group: ChannelGroup, root: Member) -> Group:
     tp = torch_pruning()
-    root = root_of(group)
     result = tp.Group()
     vars(result).update(_DG=graph)
     first = None

@@ -12,12 +12,14 @@ from .attention import (
     SlimRelativePositionalMultiHeadAttention,
     SlimShiftedWindowAttention,
     SlimShiftedWindowAttentionV2,
+    SlimTransformerEncoderLayer,
 )
 from .norms import recognise
 
 _ORIGINAL = "_dnal_original_class"
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: SlimMultiheadAttention,
+    nn.TransformerEncoderLayer: SlimTransformerEncoderLayer,
     ShiftedWindowAttention: SlimShiftedWindowAttention,
     ShiftedWindowAttentionV2: SlimShiftedWindowAttentionV2,
     RelativePositionalMultiHeadAttention: SlimRelativePositionalMultiHeadAttention,

@@ -54,6 +54,12 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         return out, weights.mean(1) if given.get("average_attn_weights", True) else weights
 
 
+class SlimTransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """``torch.nn.TransformerEncoderLayer`` without the fused kernel of its eval mode, which wants whole projections."""
+
+    activation_relu_or_gelu = property(lambda self: 0)  # "not an activation of the kernel"
+
+
 class SlimShiftedWindowAttention(ShiftedWindowAttention):
     """Swin's window attention (arXiv 2103.14030, section 3.2) with the head size read from the projection."""
 

@@ -332,14 +332,14 @@ class DNALPruner(Pruner):
         return self.session.report
 
     def choose(
-        self, criterion: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
+        self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """Fix every gate by what a criterion says of the weights as they are, cut to the budget: no search.
 
         Arguments as of :meth:`Session.choose`; returns NNI masks, as :meth:`harden` does.
         """
         with without_wrappers(self.bound_model):
-            keep = self.session.choose(criterion, batches, loss)
+            keep = self.session.choose(importance, batches, loss)
         return self.harden(keep)
 
     dependency_groups = _handed_on(Session.dependency_groups)

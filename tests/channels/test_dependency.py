@@ -122,6 +122,40 @@ def test_a_split_is_read_and_cut() -> None:
     torch.testing.assert_close(slim(IMAGE.double()), net(IMAGE.double()), rtol=0, atol=1e-12)
 
 
+class Queries(nn.Module):
+    """Grouped queries: two heads of queries share one of keys and values, as in Hugging Face's attention."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.into, self.q, self.last = nn.Linear(6, 12), nn.Linear(12, 8 * size), nn.Linear(8 * size, 3)
+        self.k, self.v = nn.Linear(12, 4 * size), nn.Linear(12, 4 * size)
+
+    def heads(self, x: Tensor, times: int) -> Tensor:
+        x = x.view(*x.shape[:2], -1, self.size).transpose(1, 2)
+        return x[:, :, None].expand(-1, -1, times, -1, -1).reshape(len(x), -1, *x.shape[2:]) if times > 1 else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.into(x))
+        q, k, v = self.heads(self.q(x), 1), self.heads(self.k(x), 2), self.heads(self.v(x), 2)
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.last(y.transpose(1, 2).flatten(2)).mean(1)
+
+
+def test_grouped_queries_share_the_units_of_their_keys() -> None:
+    """Where a head is one channel; of larger ones torch-pruning would remove single columns, which is found out."""
+    x = torch.randn(2, 5, 6)
+    model = Queries(1)
+    for graph in (GRAPH, built(model, x)):
+        group = verified(model, x, graph)["q"]
+        assert group.frozen is None and group.channels == 4
+        units = {(m.path, m.side): m.units.tolist() for m in group.members}
+        assert units["q", "out"] == units["last", "in"] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert units["k", "out"] == units["v", "out"] == [0, 1, 2, 3]
+    groups = verified(Queries(3), x)
+    assert (groups["q"].frozen or "").endswith("(by torch-pruning's graph)") and groups["into"].frozen is None
+
+
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda x: x.roll(1, 1),
     "flip": lambda x: x.flip(1),
@@ -222,6 +256,15 @@ def test_bare_parameters_are_cut_unless_they_are_ignored() -> None:
     ignored = verified(model, IMAGE, built(model, unwrapped_parameters=dims, ignored_params=[model.scale]))["a"]
     assert "scale" not in [m.path for m in ignored.members]
     assert ignored.frozen and "does not run" in ignored.frozen
+
+
+@pytest.mark.parametrize("how", ["ignored", "frozen", "detached"])
+def test_layers_that_the_graph_does_not_have_are_told(how: str) -> None:
+    model = Function((lambda x: x.detach() * 1) if how == "detached" else torch.relu)
+    model.requires_grad_(how != "frozen")
+    groups = verified(model, IMAGE, built(model, ignored_layers=[model.a] if how == "ignored" else None))
+    assert "graph has no node for a: it was told to ignore it, or autograd" in (groups["a"].frozen or "")
+    assert (groups["b"].frozen is None) == (how != "frozen")
 
 
 def test_tied_weights_are_left_whole() -> None:

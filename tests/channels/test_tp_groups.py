@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnal_nni import register_layer
 from dnal_nni.channels.groups import ChannelGroup, find_groups
-from dnal_nni.channels.tp_groups import dependency_groups, units_of_root
+from dnal_nni.channels.tp_groups import dependency_groups, roots
 
 
 def open_groups(model: nn.Module, x: Tensor) -> list[ChannelGroup]:
@@ -62,7 +62,7 @@ def test_groups_of_a_part_of_a_layer_and_units_of_several_channels() -> None:
     part = made["conv[4:]"]
     assert part[0].idxs == [4, 5, 6, 7] and part[0].root_idxs == [0, 1, 2, 3]
     glu = made["glu"]
-    assert units_of_root(groups["glu"]).tolist() == [0, 1, 2, 3, 4, 5] * 2
+    assert roots(model, groups["glu"])[0].units.tolist() == [0, 1, 2, 3, 4, 5] * 2
     assert glu[0].root_idxs == list(range(12))
     flat = glu[1]
     assert flat.dep.target.module is model.fc

@@ -102,6 +102,20 @@ def test_heads_go_as_a_whole() -> None:
     assert type(model.attention) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_torchs_encoder_layer_runs_with_any_number_of_heads(left: int) -> None:
+    """In eval mode it takes a fused kernel that wants whole projections, where the number of heads is even."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(8, 16), layer, nn.Linear(16, 3)).eval(), torch.randn(2, 5, 8)
+    groups = find_groups(model, x)
+    keep = torch.arange(4) < left
+    slim = slim_copy(model, groups, {"1.self_attn.in_proj_weight": keep})
+    assert slim[1].self_attn.num_heads == left
+    with torch.no_grad():
+        layer.self_attn.out_proj.weight[:, 4 * left :] = 0
+        torch.testing.assert_close(slim(x), model(x))
+
+
 def test_a_network_with_heads_is_searched_and_cut() -> None:
     torch.manual_seed(0)
     model, x = Encoder(batch_first=True), torch.randn(2, 3, 16, 16)

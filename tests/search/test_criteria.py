@@ -50,7 +50,10 @@ def network(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", TEN)
+FAST = ("vgg16_bn", "resnet20", "squeezenet1_1", "densenet")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TEN])
 def test_scores_are_torch_prunings_own_on_ten_networks(name: str) -> None:
     model = network(name)
     x, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([3, 7])
@@ -160,6 +163,44 @@ def test_activations_and_groups_that_a_criterion_says_nothing_of(small: nn.Modul
     assert not any(m._forward_hooks for m in small.modules())
 
 
+def test_torch_prunings_criterion_of_activations_needs_no_labels(small: nn.Module, x: Tensor) -> None:
+    groups = open_groups(small, x)
+    scores = criterion_scores(small, groups, tp.importance.ActivationImportance(normalizer=None), [x])
+    small.eval()
+    with torch.no_grad():
+        expected = torch.relu(small.bn1(small.conv1(torch.relu(small.bn(small.stem(x)))))).abs().mean((0, 2, 3))
+    parts = dict(zip([g.name for g in groups], scores.split([g.channels for g in groups])))
+    assert torch.allclose(parts["conv1"], expected.double(), rtol=1e-5)
+    assert not any("_importance" in vars(m) for m in small.modules())
+    copy.deepcopy(small)
+
+
+def test_a_group_whose_root_is_a_bare_parameter() -> None:
+    """Heads, whose projection is a parameter of the attention: criteria look at the layer that reads them."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), layer, nn.Linear(16, 3))
+    groups = open_groups(model, torch.randn(2, 5, 8))
+    heads = next(g for g in groups if g.producers == ("1.self_attn.in_proj_weight",))
+    scores = criterion_scores(model, [heads], tp.importance.MagnitudeImportance(normalizer=None))
+    columns = layer.self_attn.out_proj.weight.detach().square().sum(0).view(4, 4).mean(1)
+    assert torch.allclose(scores, columns.double(), rtol=1e-6)
+    batch = [(torch.randn(2, 5, 8), torch.randint(0, 3, (2, 5)))]
+    for name in "Random LAMP FPGM Taylor Hessian".split():
+        criterion = getattr(tp.importance, f"{name}Importance")()
+        found = criterion_scores(model, groups, criterion, batch, lambda m, b: F.cross_entropy(m(b[0])[0], b[1][0]))
+        assert found.shape == (4 + 32,) and bool(found.isfinite().all())
+
+
+def test_a_criterion_that_looks_first_at_fewer_channels_than_the_root_has() -> None:
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.weight)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), norm, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    groups = open_groups(model, torch.randn(2, 3, 4, 4))
+    assert groups[0].channels == 4 and groups[0].width == 16
+    scores = criterion_scores(model, groups[:1], tp.importance.BNScaleImportance(normalizer=None))
+    assert torch.allclose(scores, norm.weight.detach().double())
+
+
 def test_units_of_several_channels_get_their_mean() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     groups = open_groups(model, torch.randn(2, 3, 4, 4))
@@ -177,11 +218,13 @@ def failing(group: Any) -> Tensor:
     ("criterion", "message"),
     [
         (tp.importance.TaylorImportance(), r"TaylorImportance fails on stem \(.*\): a criterion of grad.* batches="),
-        (failing, r"function fails on stem \('weights'\)"),
+        (failing, r"failing fails on stem \('weights'\)"),
         (lambda group: torch.ones(3), r"must give stem a tensor of 12 scores, one a channel, not \[3\]"),
         (lambda group: 1.0, "not float"),
         (lambda group: torch.full((len(group[0].idxs),), torch.nan), "gives stem a score that is nan or infinite"),
         (lambda group: None, "gives no score for any group"),
+        (tp.importance.RandomImportance, "importance=the class RandomImportance: pass a criterion, as tp.importance"),
+        ("magnitude", "importance='magnitude': pass a criterion"),
     ],
 )
 def test_what_a_criterion_gets_wrong_is_said(small: nn.Module, x: Tensor, criterion: Any, message: str) -> None:

@@ -18,8 +18,9 @@ from dnal_nni.surgery.slim import Keep, slim_copy
 timm = pytest.importorskip("timm")
 
 import zoo  # noqa: E402
-from zoo import SHRUNK, Record, explain, run_isolated, run_model  # noqa: E402
+from zoo import Record, explain, run_isolated, run_model  # noqa: E402
 from zoo_models import EXPECTED_TO_SHRINK, MODELS, NOTES, families  # noqa: E402
+from zoo_table import SHRUNK  # noqa: E402
 
 FAST = (
     "resnet18",  # residual
@@ -124,10 +125,19 @@ def test_the_table_has_a_row_for_every_outcome(tmp_path: Path) -> None:
         "resnet18": {"model": "resnet18", **common, **exact},
         "resnet50": {"model": "resnet50", **common, "status": "timeout", "phase": "groups"},
     }
-    zoo.write_table(records, tmp_path / "models.md")
-    text = (tmp_path / "models.md").read_text()
-    assert "| resnet18 | 3x64x64 | 12/13 | 50% | 2e-15 | 1.0 | model output 1 |" in text
-    assert "| resnet50 | 3x64x64 | - | - | - | - | timeout in groups |" in text
+    whole = records["resnet18"] | {"groups": {"all": 13, "gated": 0, "frozen": 13}, "flops": {"left": 1.0}}
+    by_graph = {"resnet18": records["resnet18"] | {"flops": {"left": 0.52}}, "vgg11": records["resnet18"]}
+    ways = {"choose": {"status": "exact", "flops_left": 0.51, "half": 0.5}, "torch_pruning": {"status": "unfinished"}}
+    criteria = {"resnet18": {"model": "resnet18", "commit": "c0ffee"} | ways}
+    path = tmp_path / "models.md"
+    zoo.write_table(records, by_graph, criteria, path)
+    text = path.read_text()
+    assert "| resnet18 | 3x64x64 | 12/13 | 50% | 2e-15 | 1.0 | 52%, 1.0 s | 51% | timeout | model output 1 |" in text
+    assert "| resnet50 | 3x64x64 | - | - | - | - | - | - | - | timeout in groups |" in text
+    assert "of 1 networks: 1 are cut and exact, 1 of them with at most 5% more FLOPs left than with our graph" in text
+    assert "`choose` cuts 1 exactly, and 1 to half of the FLOPs within 1 %; torch-pruning's own pruner 0 exact" in text
+    zoo.write_table(records, {"resnet18": whole}, {}, path)
+    assert "0 are cut and exact" in path.read_text() and "| left whole | - | - | model output 1 |" in path.read_text()
 
 
 def test_reasons_have_classes() -> None:

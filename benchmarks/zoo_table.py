@@ -1,0 +1,168 @@
+"""The results of `zoo.py` and `zoo_criteria.py` as a page of the documentation: docs/models.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo_models import MODELS
+
+Record = dict[str, Any]
+Records = Mapping[str, Record]  # by model
+
+SHRUNK = 0.8
+"""Largest share of the FLOPs that a network which lost a useful part has left after the 30 % cut."""
+NEAR = 1.05
+"""Largest share of the FLOPs that another graph's groups leave, relative to ours at the same cut, that is as good."""
+HALF = (0.495, 0.505)
+"""What counts as half of the FLOPs."""
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Counts over all records."""
+    status = Counter(record["status"] for record in records)
+    shrunk = sum(record["status"] == "exact" and record["flops"]["left"] <= SHRUNK for record in records)
+    late = sum("not verified in time" in record.get("reasons", {}) for record in records)
+    return (
+        f"{len(records)} models: {', '.join(f'{n} {name}' for name, n in status.most_common())} "
+        f"({sum(map(left_whole, records))} of the exact because left whole); {shrunk} exact with at most {SHRUNK:.0%} "
+        f"of the FLOPs left; {late} with groups not verified in time"
+    )
+
+
+def left_whole(record: Record) -> bool:
+    """Whether nothing of a network was cut."""
+    return record["status"] == "exact" and record["groups"]["gated"] == 0
+
+
+def right(record: Record) -> bool:
+    """Whether something was cut, exactly."""
+    return record["status"] == "exact" and not left_whole(record)
+
+
+def graph_summary(records: Records, by_graph: Records) -> str:
+    """In how many networks torch-pruning's graph is right, beside ours."""
+    both = [(records[name], by_graph[name]) for name in MODELS if name in records and name in by_graph]
+    near = sum(right(b) and b["flops"]["left"] <= NEAR * a["flops"]["left"] for a, b in both if a["status"] == "exact")
+    count = Counter("left whole" if left_whole(b) else b["status"] for _, b in both)
+    other = [f"{n} {name}" for name, n in count.most_common() if name != "exact"]
+    return (
+        f'With `graph="torch-pruning"`, of {len(both)} networks: {count["exact"]} are cut and exact, {near} of them '
+        f"with at most {NEAR - 1:.0%} more FLOPs left than with our graph, which cuts {sum(right(a) for a, _ in both)}"
+        f"{'; ' if other else ''}{', '.join(other)}"
+    )
+
+
+def criteria_summary(criteria: Records) -> str:
+    """In how many networks `choose` and torch-pruning's own pruner are right."""
+    rows = [criteria[name] for name in MODELS if name in criteria]
+    ours = [row.get("choose", {}) for row in rows]
+    theirs = [row.get("torch_pruning", {}) for row in rows]
+    half = sum(HALF[0] <= way["half"] <= HALF[1] for way in ours if "half" in way)
+    count = Counter(status(way) for way in theirs)
+    ran = [f"{n} {name}" for name, n in count.most_common() if name != "exact"]
+    return (
+        f"Group L2 norms, 30 % of the channels, of {len(rows)} networks: `choose` cuts "
+        f"{sum(way.get('status') == 'exact' for way in ours)} exactly, and {half} to half of the FLOPs within 1 %; "
+        f"torch-pruning's own pruner {count['exact']} exactly{'; ' if ran else ''}{', '.join(ran)}"
+    )
+
+
+def write_table(records: Records, by_graph: Records, criteria: Records, path: Path) -> None:
+    """The results as a page of the documentation.
+
+    Args:
+        records: of our graph.
+        by_graph: of torch-pruning's.
+        criteria: of `choose` and torch-pruning's own pruner.
+        path: of the page.
+    """
+    rows = [records[name] for name in MODELS if name in records]
+    lines = [
+        "# Models",
+        "",
+        "Written by `python benchmarks/zoo.py --table` from `benchmarks/results/zoo.jsonl`, `zoo_graph.jsonl` and "
+        "`zoo_criteria.jsonl`; do not edit.",
+        "",
+        f"{summary(rows)}.",
+        *(["", f"{graph_summary(records, by_graph)}."] if by_graph else []),
+        *(["", f"{criteria_summary(criteria)}."] if criteria else []),
+        "",
+        "Random weights, norms and scales moved away from their initial values. Groups: gated / all (the classifier is "
+        "always left whole). FLOPs left: at a random 30 % cut of every gated group. Difference: the largest "
+        "max|gated - sliced| / max|gated| over all outputs, in float64, the worse of eval and train mode (detectors: "
+        "eval, the raw outputs of their heads included; RAFT: float32). Seconds: finding, verifying, planning, gating "
+        "and slicing, one thread.",
+        "",
+        "torch-pruning's graph: the same with the groups of that graph; FLOPs left and seconds. `choose`, and "
+        "torch-pruning's own pruner: 30 % of the channels of every layer go, those with the smallest group L2 norm; "
+        "the FLOPs left, of what is exact. -: not run.",
+        "",
+        f"Package commit {commits(rows)}; "
+        + ", ".join(f"{name} {number}" for name, number in rows[0]["versions"].items())
+        + "."
+        + (f" torch-pruning's graph: {commits(by_graph.values())}." if by_graph else "")
+        + (f" `choose`: {commits(criteria.values())}." if criteria else ""),
+    ]
+    for task in dict.fromkeys(entry.task for entry in MODELS.values()):
+        chosen = [record for record in rows if record["task"] == task]
+        if not chosen:
+            continue
+        lines += [
+            "",
+            f"## {task.capitalize()}",
+            "",
+            "| model | input | groups | FLOPs left | difference | seconds | torch-pruning's graph | `choose` "
+            "| torch-pruning's pruner | left whole |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for record in chosen:
+            name = record["model"]
+            ways = criteria.get(name, {})
+            others = (graph_cell(by_graph.get(name)), way_cell(ways.get("choose")), way_cell(ways.get("torch_pruning")))
+            lines.append(table_row(record, others))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def commits(records: Iterable[Record]) -> str:
+    return ", ".join(sorted({record["commit"][:12] for record in records}))
+
+
+def table_row(record: Record, others: Iterable[str]) -> str:
+    """A line of the table; ``others``: the cells of the other ways."""
+    shape, cells = "x".join(map(str, record.get("input", [])[1:])), " | ".join(others)
+    if "relative" not in record:
+        return f"| {record['model']} | {shape} | - | - | - | - | {cells} | {record['status']} in {record['phase']} |"
+    groups = record["groups"]
+    reasons = ", ".join(f"{name} {number}" for name, number in record["reasons"].items())
+    return (
+        f"| {record['model']} | {shape} | {groups['gated']}/{groups['all']} | {record['flops']['left']:.0%} "
+        f"| {max(record['relative'].values()):.0e} | {record['seconds']['total']:.1f} | {cells} | {reasons} |"
+    )
+
+
+def graph_cell(record: Record | None) -> str:
+    """The outcome with torch-pruning's graph: FLOPs left and seconds, or what else became of it."""
+    if record is None:
+        return "-"
+    if left_whole(record):
+        return "left whole"
+    if record["status"] != "exact":
+        return str(record["status"])
+    return f"{record['flops']['left']:.0%}, {record['seconds']['total']:.1f} s"
+
+
+def way_cell(way: Record | None) -> str:
+    """The FLOPs that a way of choosing has left, or what else became of it."""
+    if way is None:
+        return "-"
+    return f"{way['flops_left']:.0%}" if way["status"] == "exact" else status(way)
+
+
+def status(way: Record) -> str:
+    """What became of one way; it was stopped where it is unfinished."""
+    found = way.get("status", "unfinished")
+    return "timeout" if found == "unfinished" else str(found)
