@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..modules.running import flatten_tensors
 from .graph import CouplingGraph, Vertex
 from .made import Made
+from .parts import Parts
 from .uses import Uses
 
 Arrays = tuple[Tensor, ...]
@@ -122,6 +123,7 @@ class Flow:
         self.made = Made()
         self.uses = Uses(graph)
         self.stored_sizes: list[StoredSize] = []
+        self.parts: list[Parts] = []
 
     # -- labels -------------------------------------------------------------------------------------------------------
 

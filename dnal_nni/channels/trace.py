@@ -19,6 +19,7 @@ from ..modules.layers import Layer, RMSNorm, layer_of
 from ..modules.running import call, flatten_tensors
 from .flow import Flow, Labels, StoredSize, axes_of, lay
 from .graph import CouplingGraph, Vertex
+from .parts import couple_equal
 from .rules.dispatch import run
 from .work import Work, note
 
@@ -120,7 +121,9 @@ class Trace(TorchDispatchMode):
             self.flow.uses.computed(entering, () if moves else flatten_tensors(out))
 
     def finish(self) -> None:
-        """After the last run: layers whose tensors others read too must stay whole."""
+        """After the last run: equal parts stay equal, and layers whose tensors others read too must stay whole."""
+        for parts in self.flow.parts:
+            couple_equal(self.graph, self.model, parts)
         called = {vertex.path for vertex in self.graph.vertices.values() if vertex.dim is None}
         bare = {vertex.path.rpartition(".")[0] for vertex in self.graph.vertices.values() if vertex.dim is not None}
         tied = {name.rpartition(".")[0] for name in self._tied}

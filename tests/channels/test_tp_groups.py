@@ -46,11 +46,11 @@ class Slices(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.one, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+        self.conv, self.one, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1)
         self.glu, self.fc = nn.Conv2d(5, 12, 1), nn.Linear(6 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        one, other = self.conv(x).split([4, 4], 1)
+        one, other = self.conv(x).split([3, 5], 1)
         gate, value = self.glu(self.one(one) + self.other(other)).chunk(2, 1)
         return self.fc((gate.sigmoid() * value).flatten(1))
 
@@ -59,8 +59,8 @@ def test_groups_of_a_part_of_a_layer_and_units_of_several_channels() -> None:
     model = Slices()
     groups = {g.name: g for g in open_groups(model, torch.randn(1, 3, 2, 2))}
     made = dict(zip(groups, dependency_groups(model, list(groups.values()))))
-    part = made["conv[4:]"]
-    assert part[0].idxs == [4, 5, 6, 7] and part[0].root_idxs == [0, 1, 2, 3]
+    part = made["conv[3:]"]
+    assert part[0].idxs == [3, 4, 5, 6, 7] and part[0].root_idxs == [0, 1, 2, 3, 4]
     glu = made["glu"]
     assert roots(model, groups["glu"])[0].units.tolist() == [0, 1, 2, 3, 4, 5] * 2
     assert glu[0].root_idxs == list(range(12))
@@ -78,7 +78,7 @@ def test_criteria_and_pruning_work_on_them() -> None:
     group = made["conv[0:]"]
     assert not vars(group)["_DG"].check_pruning_group(group)  # all that `one` reads
     group[0].dep([1]), group[1].dep([1])
-    assert model.conv.out_channels == 7 and model.one.in_channels == 3
+    assert model.conv.out_channels == 7 and model.one.in_channels == 2
     assert "conv" in str(group)
 
 

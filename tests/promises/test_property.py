@@ -395,6 +395,13 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
         Program((C, op("split"), op("conv"), op("conv", at=2), op("meet"))),
         ["conv0.conv", "conv2.conv", "conv3.conv"],
     ),
+    **{
+        f"equal parts, {form}": (
+            Program((C, op("split", form=form), op("conv"), op("conv", at=2), op("meet"))),
+            ["conv0.conv", "conv2.conv", "conv3.conv"],
+        )
+        for form in ("tuple", "slices", "tensor_split", "numbered")
+    },
     "split by constants": (Program((C, op("split", form="equal"), op("meet"), LAST)), ["conv3.conv"]),
     "split by stored widths": (
         Program((C, op("split", form="stored"), op("conv"), op("conv", at=2), op("concat"), LAST)),

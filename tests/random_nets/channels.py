@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,22 @@ def matched(x: Value, y: Value) -> tuple[Value, nn.Module | None] | None:
     if x.channels != y.channels:
         parts.append(CONV[x.dims](y.channels, x.channels, 1) if x.dims else nn.Linear(y.channels, x.channels))
     return x, (nn.Sequential(*parts) if parts else None)
+
+
+class EqualParts(nn.Module):
+    """Takes its input apart by sizes that it computes, or by one that it keeps ("numbered")."""
+
+    def __init__(self, form: str, parts: int, dim: int, size: int) -> None:
+        super().__init__()
+        self.form, self.parts, self.dim = form, parts, dim
+        if form == "numbered":
+            self.size = size
+
+    def forward(self, x: Tensor) -> Any:
+        n = self.size if self.form == "numbered" else x.shape[self.dim] // self.parts
+        if self.form == "slices":
+            return [x.narrow(self.dim, i * n, n) for i in range(self.parts)]
+        return x.split((n,) * self.parts, self.dim)
 
 
 class Meet(nn.Module):
@@ -85,7 +102,10 @@ def concat_self(x: Value, *, order: str = "xx") -> Made:
     return Fn(lambda x: torch.cat([x, F.relu(x), x] if order == "xrx" else [x, x], dim))
 
 
-@ingredient(often=2, parts=st.sampled_from((2, 3)), form=st.sampled_from(("chunk", "equal", "unequal", "stored")))
+SPLITS = ("chunk", "equal", "tuple", "slices", "tensor_split", "numbered", "unequal", "stored")
+
+
+@ingredient(often=2, parts=st.sampled_from((2, 3)), form=st.sampled_from(SPLITS))
 def split(x: Value, *, parts: int = 2, form: str = "chunk") -> Made:
     c, dim = x.channels, x.dim
     if c < parts + 1:
@@ -94,6 +114,10 @@ def split(x: Value, *, parts: int = 2, form: str = "chunk") -> Made:
         return Fn(lambda x: x.chunk(parts, dim))
     if form == "equal":
         return Fn(lambda x: x.split(math.ceil(c / parts), dim))
+    if form == "tensor_split":
+        return Fn(lambda x: x.tensor_split(parts, dim))
+    if form in ("tuple", "slices", "numbered"):
+        return EqualParts(form, parts, dim, c // parts) if c % parts == 0 else None
     first = max(1, c // 3)
     sizes = [first, c - first] if parts == 2 else [first, 1, c - first - 1]
     return StoredSplit(sizes, dim) if form == "stored" else Fn(lambda x: torch.split(x, sizes, dim))

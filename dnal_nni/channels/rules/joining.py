@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..flow import Flow, Operation, Site, StoredSize, axes_of, compress
+from ..parts import Parts
 from .moving import move
 from .registry import rule
 
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split")
 def split(flow: Flow, op: Operation) -> None:
-    """Equal parts of the channels must stay equal: a forward unpacks a fixed number of them."""
+    """Parts of one given size stay equal: a forward unpacks a fixed number of them."""
     move(flow, op)
     labels = op.labels[0]
     axis = op.argument("dim", 0)
@@ -30,6 +31,7 @@ def split(flow: Flow, op: Operation) -> None:
         if isinstance(size, int) and size < total and total % size == 0:
             flow.graph.require_rectangle(array.movedim(axis, 0).reshape(total // size, size, -1), 1)
         elif not isinstance(size, int):
+            flow.parts.append(Parts(flow.frame()[0], array, axis, tuple(size), split=True))
             for i, part in enumerate(array.split(size, axis)):
                 flow.note_sizes(size, part, part.shape)
                 flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(size), i, part, axis))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..flow import Flow, Operation, StoredSize, axes_of, compress, reshaped
+from ..parts import Parts
 from .registry import rule
 
 
@@ -36,16 +37,32 @@ def strided(flow: Flow, op: Operation) -> None:
     """A slice; of one that takes every n-th channel, only whole rows of n channels can go."""
     move(flow, op)
     labels, step = op.labels[0], op.argument("step", 1)
-    if labels is None or step == 1:
+    if labels is None:
         return
     axis = op.argument("dim", 0) % len(labels.shape)
     for array in labels.arrays:
         if axis not in axes_of(array):
             continue
-        if array.shape[axis] % step:
+        if step == 1:
+            _between(flow, array, axis, op.argument("start"), op.argument("end"))
+        elif array.shape[axis] % step:
             flow.graph.freeze(array, flow.why(f"one of {step} channels is taken"))
         else:
             flow.graph.require_rectangle(array.movedim(axis, 0).reshape(array.shape[axis] // step, -1), 0)
+
+
+def _between(flow: Flow, array: Tensor, axis: int, start: int | None, end: int | None) -> None:
+    """The channels ahead of a slice's ends are counted by the numbers that were given; from behind, those behind."""
+    total = array.shape[axis]
+    first, last = slice(start, end).indices(total)[:2]
+    path = flow.frame()[0]
+    for place, given in ((first, start), (last, end)):
+        if given is not None and 0 < place < total:
+            counted = array.narrow(axis, 0, place) if given > 0 else array.narrow(axis, place, total - place)
+            flow.stored_sizes.append(StoredSize(path, (counted.shape[axis],), None, counted, axis))
+    sizes = tuple(n for n in (first, last - first, total - last) if n > 0)
+    if len(sizes) > 1 and first < last:
+        flow.parts.append(Parts(path, array, axis, sizes, split=False))
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
