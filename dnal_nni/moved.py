@@ -29,7 +29,7 @@ _NOW = {
     "data": ("cli.data",),
     "evaluators": ("plugin.evaluators",),
     "files": ("storage.files", "storage.whole"),
-    "flow": ("channels.flow",),
+    "flow": ("channels.flow", "channels.counts"),
     "gate": ("modules.gates",),
     "graph": ("modules.layers", "channels.graph", "modules.running"),
     "groups": ("channels.groups",),

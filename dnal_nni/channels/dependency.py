@@ -23,7 +23,7 @@ from ..modules.adapters import adapt
 from ..modules.functions import FunctionLayer
 from ..modules.layers import Layer, RMSNorm, Side, kinds, layer_of, set_kind
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
-from .flow import StoredSize
+from .counts import Equal, StoredSize
 from .graph import CouplingGraph, Vertex
 from .shapes import Shapes
 from .trace import names_of_tensors
@@ -63,6 +63,7 @@ class Dependencies:
         self.channel_dims: dict[str, int] = {}
         # torch-pruning knows nothing of the sizes that modules store, nor of the work that is done between layers
         self.stored_sizes: list[StoredSize] = []
+        self.equal: list[Equal] = []
         self.works: list[Work] = []
         self._shapes = Shapes(self.model, dummy_input)
         if isinstance(graph, str) and graph == GRAPH:

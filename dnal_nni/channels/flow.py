@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modules.running import flatten_tensors
+from .counts import Sizes
 from .graph import CouplingGraph, Vertex
 from .made import Made
 from .parts import Parts
@@ -86,24 +87,6 @@ def reshaped(array: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     return compress(array.expand(sizes).reshape(result))
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredSize:
-    """A number that a forward passed to an operation, and the channels that it counts.
-
-    Attributes:
-        path: the module whose forward it was.
-        sizes: the number; all of them, where it is one of a list of sizes.
-        position: where in that list; None for a number by itself.
-        ids: channel ids, an axis for each axis of the tensor; ``axis`` is the one counted.
-    """
-
-    path: str
-    sizes: tuple[int, ...]
-    position: int | None
-    ids: Tensor
-    axis: int
-
-
 class Flow:
     """The labels of every tensor that is alive during a trace, and what a rule can do with them.
 
@@ -111,10 +94,15 @@ class Flow:
         graph: receives the couplings.
         leaf: labels of a parameter or buffer that an operation reads directly, None for any other tensor.
         frame: path and class name of the module whose forward is running.
+        running: the numbers of the calls of modules that are running.
     """
 
     def __init__(
-        self, graph: CouplingGraph, leaf: Callable[[Tensor], Labels | None], frame: Callable[[], tuple[str, str]]
+        self,
+        graph: CouplingGraph,
+        leaf: Callable[[Tensor], Labels | None],
+        frame: Callable[[], tuple[str, str]],
+        running: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.graph = graph
         self._leaf = leaf
@@ -122,10 +110,15 @@ class Flow:
         self._labels: Any = WeakIdKeyDictionary()
         self.made = Made()
         self.uses = Uses(graph)
-        self.stored_sizes: list[StoredSize] = []
+        self.sizes = Sizes(frame, running, self.why)
         self.parts: list[Parts] = []
 
     # -- labels -------------------------------------------------------------------------------------------------------
+
+    def known(self, tensor: Tensor) -> Labels | None:
+        """Labels of a tensor that an operation returned."""
+        labels: Labels | None = self._labels.get(tensor)
+        return labels
 
     def of(self, tensor: Any) -> Labels | None:
         """Labels of a tensor, None where nothing in it can be removed."""
@@ -265,12 +258,8 @@ class Flow:
         return result
 
     def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
-        """Remember numbers among the arguments of an operation that count labelled positions of ``array``."""
-        given = {n for n in numbers if isinstance(n, int)}
-        path = self.frame()[0]
-        for axis in axes_of(array):
-            if shape[axis] in given:
-                self.stored_sizes.append(StoredSize(path, (shape[axis],), None, array, axis))
+        """Numbers among the arguments of an operation may count labelled positions of ``array``; see :class:`Sizes`."""
+        self.sizes.note(numbers, array, shape)
 
     def forget_sites(self, changed: Tensor) -> None:
         """After an in-place change of a part of a tensor, its norms no longer zero the channels of the whole."""

@@ -18,8 +18,8 @@ from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
 from .dependency import Dependencies, Graph
-from .flow import StoredSize
-from .graph import VertexKey, varying_axes
+from .graph import VertexKey
+from .stored import couple_counted, stored_sizes
 from .trace import Trace
 from .work import shares
 
@@ -40,6 +40,7 @@ class Member:
         width: number of channels of that side of the layer, those of other groups included.
         dim: the channel dimension of a bare parameter or buffer; the position in a stored list of sizes; else None.
         axis: for a norm, the channel dimension of its input, counted from the end; else None.
+        reads: whether these are the input channels of a parameter that a function computes with (``F.linear(x, w)``).
     """
 
     path: str
@@ -49,6 +50,7 @@ class Member:
     width: int
     dim: int | None = None
     axis: int | None = None
+    reads: bool = False
 
     @property
     def bare(self) -> bool:
@@ -184,11 +186,11 @@ def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
         reason = _uncuttable(traced.model, vertex.path) if vertex.dim is None else None
         if reason is not None:
             graph.freeze(vertex.ids, reason)
-    labels = graph.units()
+    labels = couple_counted(graph, traced.stored_sizes, traced.equal, graph.units())
     frozen = graph.frozen_units(labels)
 
     slots = [_Slot(v.key, labels[v.offset : v.offset + v.size]) for v in graph.vertices.values()]
-    slots += _stored_sizes(traced, labels)
+    slots += [_Slot(*found) for found in stored_sizes(traced.model, traced.stored_sizes, labels).items()]
     modules = {name: i for i, (name, _) in enumerate(traced.model.named_modules())}
 
     def rank(path: str) -> tuple[int, str]:
@@ -281,18 +283,19 @@ def _make_group(
     number = {u: i for i, u in enumerate(dict.fromkeys(in_root.tolist()))}
     known, local = np.array(sorted(number)), np.array([i for _, i in sorted(number.items())])
     members = []
+    sites = {slot.key: traced.graph.sites[slot.key] for slot in slots if slot.key in traced.graph.sites}
     for slot in slots:
         path, side, dim = slot.key
         place = np.searchsorted(known, slot.units).clip(max=len(known) - 1)
         channels = np.flatnonzero(known[place] == slot.units)
         axis = traced.channel_dims.get(path) if side == "both" and dim is None else None
         ours, numbers = torch.from_numpy(channels), torch.from_numpy(local[place[channels]])
-        members.append(Member(path, side, ours, numbers, len(slot.units), dim, axis))
-    sites = [traced.graph.sites[slot.key] for slot in slots if slot.key in traced.graph.sites]
-    bare_readers = [slot.key[0] for slot in slots if slot.key[1] == "both" and slot.key in traced.graph.sites]
+        reads = dim is not None and slot.key in sites
+        members.append(Member(path, side, ours, numbers, len(slot.units), dim, axis, reads))
+    without_gate = [m.path for m in members if m.reads and not _gate_fits(traced.model, m.path)]
     norms: tuple[str, ...] = ()
-    if sites and all(site is not None for site in sites):
-        union = frozenset().union(*(site for site in sites if site is not None))
+    if sites and all(site is not None for site in sites.values()):
+        union = frozenset().union(*(site for site in sites.values() if site is not None))
         norms = tuple(m.path for m in members if m.path in union and m.side == "both")
     reason = next((frozen[u] for u in units if u in frozen), None)
     if len(root.units) == 1:
@@ -301,8 +304,8 @@ def _make_group(
         reason = "no layer reads its output"
     if reason is None and len(units) < 2:
         reason = "its channels can only be removed all at once"
-    if reason is None and bare_readers and not norms:
-        reason = f"a function reads these channels with {bare_readers[0]}: there is no layer that a gate could sit on"
+    if reason is None and without_gate and not norms:
+        reason = f"a function reads these channels with {without_gate[0]}, which is no parameter that a gate can sit on"
     group = ChannelGroup(
         name=root.key[0],
         channels=len(units),
@@ -314,6 +317,14 @@ def _make_group(
         frozen=reason,
     )
     return group, number
+
+
+def _gate_fits(model: nn.Module, path: str) -> bool:
+    """Whether a gate can sit on a bare tensor: it is a parameter, and nothing else computes its values."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    mine = name in module._parameters and not parametrize.is_parametrized(module)
+    return mine and not isinstance(module, torch.jit.ScriptModule)
 
 
 def _add_parts(
@@ -336,34 +347,3 @@ def _add_parts(
                 parts[i].append(Part(work.path, share, operation, factor, numbers, line.size))
     for i, entries in parts.items():
         made[i][0].parts = tuple(entries)
-
-
-def _stored_sizes(traced: Trace | Dependencies, labels: np.ndarray) -> list[_Slot]:
-    """Numbers that modules keep about channels that can go: ``num_heads``, the sizes of a split, a static width.
-
-    A number that a forward handed to an operation, and that counts labelled positions there, is looked up among the
-    integer attributes of the module whose forward it was. Whether it is the right one is decided by verification.
-    """
-    found: dict[VertexKey, _Slot] = {}
-    for stored in traced.stored_sizes:
-        attributes = vars(traced.model.get_submodule(stored.path)).items()
-        kept = [name for name, value in attributes if _fits(name, value, stored)]
-        if not kept or varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
-            continue
-        line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()
-        if len(np.unique(line[line >= 0])) < (line >= 0).sum():
-            continue  # an axis that holds each channel several times, such as batch times heads
-        units = np.where(line >= 0, labels[line], -1)
-        for name in kept:
-            key: VertexKey = (f"{stored.path}.{name}".lstrip("."), "size", stored.position)
-            found.setdefault(key, _Slot(key, units))
-    return list(found.values())
-
-
-def _fits(name: str, value: Any, stored: StoredSize) -> bool:
-    """Whether an attribute may be where a forward has taken a size from."""
-    if name.startswith("_"):
-        return False
-    if stored.position is not None:
-        return isinstance(value, (list, tuple)) and tuple(value) == stored.sizes
-    return type(value) is int and value == stored.sizes[0]

@@ -7,6 +7,7 @@ channels travel with the tensors through the very operations that the model runs
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.layers import Layer, RMSNorm, layer_of
 from ..modules.running import call, flatten_tensors
-from .flow import Flow, Labels, StoredSize, axes_of, lay
+from .counting import Counting, counted
+from .counts import Equal, StoredSize
+from .flow import Flow, Labels, axes_of, lay
 from .graph import CouplingGraph, Vertex
 from .parts import couple_equal
 from .rules.dispatch import run
 from .work import Work, note
+
+_CALLS = itertools.count()  # of modules, in all traces
 
 
 class Trace(TorchDispatchMode):
@@ -42,8 +47,9 @@ class Trace(TorchDispatchMode):
         self.graph = CouplingGraph()
         self.channel_dims: dict[str, int] = {}
         self.works: list[Work] = []
-        self.flow = Flow(self.graph, self._leaf, self._frame)
+        self.flow = Flow(self.graph, self._leaf, self._frame, self._running)
         self._frames: list[tuple[str, str]] = [("", type(model).__name__)]
+        self._calls: list[int] = [next(_CALLS)]  # of the modules in these frames
         self._inside: str | None = None  # the layer that is running
         self._arrived: list[tuple[Tensor | None, Labels | None]] = []
         self._paths = {id(module): name for name, module in model.named_modules()}
@@ -54,13 +60,19 @@ class Trace(TorchDispatchMode):
     @property
     def stored_sizes(self) -> list[StoredSize]:
         """Numbers that forwards passed to operations, and the channels that they count."""
-        return self.flow.stored_sizes
+        return self.flow.sizes.stored
+
+    @property
+    def equal(self) -> list[Equal]:
+        """What forwards need as many of as of what else."""
+        return self.flow.sizes.equal
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, dummy_input: Any) -> list[Tensor]:
         """Run the model once; whatever it returns, and this does, keeps its channels."""
-        with torch.no_grad(), self._hooks(), self:
+        counting = Counting(self.flow, lambda: self._inside is None, lambda: self._calls[-1])
+        with torch.no_grad(), self._hooks(), counted(self.model), counting, self:
             out = call(self.model, dummy_input)
         returned = list(flatten_tensors(out))
         for tensor in returned:
@@ -96,9 +108,13 @@ class Trace(TorchDispatchMode):
     def _frame(self) -> tuple[str, str]:
         return self._frames[-1]
 
+    def _running(self) -> list[int]:
+        return self._calls
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         path = self._paths[id(module)]
         self._frames.append((path, type(module).__name__))
+        self._calls.append(next(_CALLS))
         if self._inside is None and path in self._layers:
             self._inside = path
             x, *others = [*flatten_tensors([args, list(kwargs.values())]), None]
@@ -108,6 +124,7 @@ class Trace(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         path = self._frames.pop()[0]
+        self._calls.pop()
         if self._inside == path and path in self._layers:
             self._inside = None
             x, labels = self._arrived.pop()

@@ -1,4 +1,4 @@
-"""The scaled-sigmoid gate of DNAL (arXiv 2103.02126), and the two ways in which a gate acts on a tensor.
+"""The scaled-sigmoid gate of DNAL (arXiv 2103.02126), and the ways in which a gate acts on a tensor.
 
 The paper's symbols: ``s`` architecture parameter, ``delta`` scale, ``g = sigmoid(delta * s)`` gate. As delta grows from
 1 to 1e4 the gate goes from soft to the unit step.
@@ -120,6 +120,25 @@ class AffineGate(ChannelFactor):
     def forward(self, affine: Tensor) -> Tensor:
         factor = self.factor()
         return affine if factor is None else affine * factor.to(affine.dtype)
+
+
+class WeightGate(AffineGate):
+    """Parametrization of a weight that a function computes with, along its input channels: gates what arrives there.
+
+    Args:
+        dim: the dimension of the input channels.
+        order: the names of the parameters of the module, in their order.
+    """
+
+    def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, dim: int, order: Sequence[str]) -> None:
+        super().__init__(gates, index)
+        self.dim, self.order = dim, tuple(order)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        factor = self.factor()
+        if factor is None:
+            return weight
+        return weight * factor.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1 - self.dim))
 
 
 class InputGate(ChannelFactor):

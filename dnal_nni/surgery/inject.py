@@ -14,7 +14,7 @@ from ..channels.groups import ChannelGroup, Member
 from ..errors import DNALError
 from ..modules.adapters import adapt, restore
 from ..modules.choices import Choice
-from ..modules.gates import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate
+from ..modules.gates import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate, WeightGate
 from ..modules.layers import layer_of, masked_statistics
 
 _INPUT_GATE = "dnal_input_gate"
@@ -64,6 +64,7 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
     norms: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     inputs: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     statistics: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
+    weights: dict[tuple[str, int], list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     for group in groups:
         if group.frozen is not None:
             continue
@@ -74,6 +75,8 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 choice.attach(gates[group.name])
             if group.site == "norm" and member.path in group.norms:
                 norms[member.path].append((member, gates[group.name]))
+            elif group.site == "input" and member.reads:
+                weights[member.path, member.dim or 0].append((member, gates[group.name]))
             elif group.site == "input" and _gated_ahead(model, member):
                 inputs[member.path].append((member, gates[group.name]))
             if member.axis is not None and masked_statistics(model.get_submodule(member.path)):
@@ -101,6 +104,12 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
         dim = layer.input_axis(consumer)
         consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
         consumer.register_forward_pre_hook(_gate_input)
+    order = {path: list(model.get_submodule(path)._parameters) for path in {p.rpartition(".")[0] for p, _ in weights}}
+    for (path, dim), sources in weights.items():
+        owner, _, name = path.rpartition(".")
+        involved, index = _index(sources)
+        gate = WeightGate(involved, index, dim, order[owner]).to(_device(model))
+        parametrize.register_parametrization(model.get_submodule(owner), name, gate)
 
 
 def _gated_ahead(model: nn.Module, member: Member) -> bool:
@@ -146,12 +155,14 @@ def detach(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, Choice):
             module.detach()
-        if parametrize.is_parametrized(module) and _norm_is_gated(module):
+        if parametrize.is_parametrized(module) and (gates := _parametrizing(module)):
             # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
             parametrizations = module._modules.pop("parametrizations")
             module.__class__ = type(module).__bases__[0]
             for name, chain in parametrizations.items():  # type: ignore[operator, union-attr]
                 module.register_parameter(name, chain.original)
+            order = gates[0].order if isinstance(gates[0], WeightGate) else ()
+            module._parameters = {name: module._parameters.pop(name) for name in order} | module._parameters
         for name, hooks, ours in (
             (_INPUT_GATE, module._forward_pre_hooks, _gate_input),
             (_STATISTICS_GATE, module._forward_hooks, _mask_statistics),
@@ -163,8 +174,9 @@ def detach(model: nn.Module) -> None:
     restore(model)
 
 
-def _norm_is_gated(module: nn.Module) -> bool:
-    return any(isinstance(child, AffineGate) for child in module.parametrizations.modules())  # type: ignore[union-attr]
+def _parametrizing(module: nn.Module) -> list[AffineGate]:
+    """The gates that act on parameters of a module."""
+    return [gate for gate in module.get_submodule("parametrizations").modules() if isinstance(gate, AffineGate)]
 
 
 def ungated(name: str) -> str:

@@ -360,6 +360,18 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     "an intermediate feature is returned": (Program((C, C, LAST), also=(1,), returns="tuple"), ["conv0.conv"]),
     "a batch of one": (Program((C, C, op("pool", kind="mean"), op("linear")), batch=1), ["conv0.conv", "conv1.conv"]),
     "transposed": (Program((C, op("transposed", norm="batch"), LAST)), ["conv0.conv", "transposed1.conv"]),
+    "attention that takes its width from the input": (
+        Program((C, op("tokens"), op("takes_width", heads=4))),
+        ["conv0.conv", "takes_width2.qkv"],
+    ),
+    "attention that keeps its width": (
+        Program((C, op("tokens"), op("takes_width", stored=True))),
+        ["conv0.conv", "takes_width2.qkv"],
+    ),
+    "equalised convolutions": (
+        Program((op("equalised"), op("act"), op("equalised", width=6), LAST)),
+        ["equalised0.weight", "equalised2.weight", "conv3.conv"],
+    ),
     "depthwise": (Program((C, op("conv", groups="depthwise", norm="batch"), LAST)), FIRST),
     "depthwise with a multiplier": (Program((C, op("conv", groups="multiplier"), LAST)), FIRST),
     "grouped": (Program((C, op("conv", groups="some", width=16), LAST)), ["conv0.conv", "conv1.conv"]),
@@ -523,7 +535,7 @@ def test_must_be_prunable(name: str) -> None:
     reason: dict[str, str | None] = {}
     for group in groups:
         for member in group.members:
-            if member.side == "out" and reason.get(member.path, "") is not None:
+            if (member.side == "out" or member.bare) and reason.get(member.path, "") is not None:
                 reason[member.path] = group.frozen
     left = {layer: reason.get(layer, "no group names it") for layer in layers if reason.get(layer, "") is not None}
     assert not left, f"left whole: {left}"

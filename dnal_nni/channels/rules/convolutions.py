@@ -36,7 +36,8 @@ def convolution(flow: Flow, op: Operation) -> None:
         return
     sides = [next((a for a in weight.arrays if axes_of(a) == (d,)), None) if weight else None for d in (reads, makes)]
     reader, source = (flow.parameter(a) if a is not None else None for a in sides)
-    if groups > 1 or source is None or reader is None and x is not None:
+    alone = kernel.shape[makes] == 1  # a single channel, which stays
+    if groups > 1 or source is None and not alone or reader is None and x is not None:
         for labels in (x, weight, bias):
             flow.freeze(labels, "a convolution that is no layer")
         return
@@ -51,6 +52,8 @@ def convolution(flow: Flow, op: Operation) -> None:
         flow.freeze(x, "a convolution runs over the channels")
         if reader is not None:
             flow.graph.freeze(reader.ids, flow.why("a convolution reads fixed channels"))
+    if source is None:
+        return
     flow.graph.producers.add(source.key)
     if offset is not None:
         made = [((source.size,), (source.ids,)), (offset.shape, bias.arrays if bias else ())]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..flow import Flow, Operation, Site, StoredSize, axes_of, compress
+from ..flow import Flow, Operation, Site, axes_of, compress
 from ..parts import Parts
 from .moving import move
 from .registry import rule
@@ -33,8 +33,7 @@ def split(flow: Flow, op: Operation) -> None:
         elif not isinstance(size, int):
             flow.parts.append(Parts(flow.frame()[0], array, axis, tuple(size), split=True))
             for i, part in enumerate(array.split(size, axis)):
-                flow.note_sizes(size, part, part.shape)
-                flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(size), i, part, axis))
+                flow.sizes.listed(tuple(size), i, part, axis)
 
 
 @rule("unbind", "select")

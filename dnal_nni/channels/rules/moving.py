@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..flow import Flow, Operation, StoredSize, axes_of, compress, reshaped
+from ..flow import Flow, Operation, axes_of, compress, reshaped
 from ..parts import Parts
 from .registry import rule
 
@@ -55,14 +55,13 @@ def _between(flow: Flow, array: Tensor, axis: int, start: int | None, end: int |
     """The channels ahead of a slice's ends are counted by the numbers that were given; from behind, those behind."""
     total = array.shape[axis]
     first, last = slice(start, end).indices(total)[:2]
-    path = flow.frame()[0]
     for place, given in ((first, start), (last, end)):
         if given is not None and 0 < place < total:
             counted = array.narrow(axis, 0, place) if given > 0 else array.narrow(axis, place, total - place)
-            flow.stored_sizes.append(StoredSize(path, (counted.shape[axis],), None, counted, axis))
+            flow.sizes.counts(counted.shape[axis], counted, axis)
     sizes = tuple(n for n in (first, last - first, total - last) if n > 0)
     if len(sizes) > 1 and first < last:
-        flow.parts.append(Parts(path, array, axis, sizes, split=False))
+        flow.parts.append(Parts(flow.frame()[0], array, axis, sizes, split=False))
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
@@ -87,10 +86,7 @@ def reshape(flow: Flow, op: Operation) -> None:
         arrays.append(new)
         if len(axes_of(new)) > 1:
             flow.graph.require_rectangle(new)
-        flow.note_sizes(op.numbers, new, op.out.shape)
-        for axis in axes_of(new):
-            flow.stored_sizes.append(StoredSize(flow.frame()[0], tuple(op.args[1]), axis, new, axis))
-        flow.note_sizes(labels.shape, array, labels.shape)  # a forward often keeps the size of the axis that it splits
+        flow.sizes.shaped(new, op.out.shape, op.args[1], labels.arrays, labels.shape)
     flow.put(op.out, arrays, labels.site)
 
 

@@ -1,0 +1,56 @@
+"""Steps with sizes in their code, and layers that are a function and a parameter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from .layers import SOME, WIDTHS
+from .program import Made, Value, ingredient
+
+
+class TakesWidth(nn.Module):
+    """Attention that takes the width of its heads from its input, or from numbers that it keeps: ``[B, L, C]``."""
+
+    def __init__(self, channels: int, heads: int, stored: bool) -> None:
+        super().__init__()
+        self.heads, self.channels, self.each, self.stored = heads, channels, channels // heads, stored
+        self.scale = self.each**-0.5
+        self.qkv, self.project = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        if self.stored:
+            assert c == self.channels
+            q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.each).permute(2, 0, 3, 1, 4).unbind(0)
+            c = self.channels
+        else:
+            q, k, v = (t.unflatten(-1, (self.heads, c // self.heads)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.project(y.transpose(1, 2).reshape(b, n, c))
+
+
+@ingredient(often=2, heads=st.sampled_from((1, 2, 4)), stored=SOME)
+def takes_width(x: Value, *, heads: int = 2, stored: bool = False) -> Made:
+    fits = x.kind == "tokens" and x.channels % heads == 0
+    return TakesWidth(x.channels, heads, stored) if fits else None
+
+
+class Equalised(nn.Module):
+    """A convolution (or linear layer) without a module, its weight scaled at every forward (StyleGAN)."""
+
+    def __init__(self, channels: int, width: int, dims: int) -> None:
+        super().__init__()
+        self.scale, self.function = (9 * channels) ** -0.5, (F.linear, F.conv1d, F.conv2d, F.conv3d)[dims]
+        self.weight = nn.Parameter(torch.randn(width, channels, *[1] * dims))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight * self.scale, self.bias)
+
+
+@ingredient(often=2, width=WIDTHS)
+def equalised(x: Value, *, width: int = 8) -> Made:
+    return Equalised(x.channels, width, x.dims)
