@@ -43,7 +43,7 @@ def reported(
             kept = 0  # in a candidate that is gone
         groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
     before, searched = plan.cost.dense, search if search is not None and search.done > 0 else None
-    after, layers = from_first(lambda: (plan.measured(slim, model), layer_flops(model, slim, plan.dummy_input)))
+    after, counts = from_first(lambda: plan.counted(slim, model))
     return Report(
         before=before,
         after=after,
@@ -57,7 +57,7 @@ def reported(
         latency_ms=(before.latency, after.latency) if before.latency and after.latency else None,
         versions=versions(),
         file_bytes=(tensor_bytes(model), tensor_bytes(slim)),
-        layer_flops=layers,
+        layer_flops=layer_flops(plan.cost.flops_of, counts),
         notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after)],
     )
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .budget import Budget, Complexity
 from .channels.dependency import Graph
 from .channels.groups import ChannelGroup, Site, groups_of
-from .cost.count import measure
+from .cost.count import complexity, count
 from .cost.latency import latencies
 from .cost.model import CostModel
 from .errors import DNALError
+from .modules.running import clone
 from .progress import logger, phase
 from .search.close import exact_cut
 from .search.criteria import Criterion, check_criterion, criterion_scores, relative
@@ -95,11 +96,12 @@ class Plan:
         check_ungated(model)
         if selected is None:
             selected = dict.fromkeys((name for name, _ in model.named_modules()), Setting())
+        mine = clone(model)  # a forward may write to parameters, as an embedding with max_norm does
         with phase("reading which channels go together"):
-            groups = groups_of(model, dummy_input, graph)
+            groups = groups_of(mine if graph is None or isinstance(graph, str) else model, dummy_input, graph)
         asked = select(groups, selected, model)
         with phase("proving what can be cut"):
-            _verify(model, groups, dummy_input, verify_seconds)
+            _verify(mine, groups, dummy_input, verify_seconds)
         active = [group for group in groups if group.frozen is None]
         if not active:
             reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
@@ -107,7 +109,7 @@ class Plan:
             raise DNALError(f"nothing in the model can be pruned ({reasons})")
         timed = budget is not None and budget.latency is not None
         with phase("timing every layer" if timed else "counting every layer"):
-            cost = CostModel(model, groups, dummy_input, timed and is_first())
+            cost = CostModel(mine, groups, dummy_input, timed and is_first())
         if timed:
             cost.load_latency_state(from_first(cost.latency_state))
         settings = [asked[group.name] for group in active]
@@ -142,7 +144,11 @@ class Plan:
         return slim_copy(model, self.groups, self.by_group(keep) if isinstance(keep, Tensor) else keep)
 
     def measured(self, slim: nn.Module, model: nn.Module) -> Complexity:
-        """What a cut network costs; its latency only where the budget limits it.
+        """:meth:`counted`, without the count of each module."""
+        return self.counted(slim, model)[0]
+
+    def counted(self, slim: nn.Module, model: nn.Module) -> tuple[Complexity, dict[str, int]]:
+        """What a cut network costs, and fvcore's count by dotted path of a module; latency where the budget limits it.
 
         Latencies are such that the uncut network takes what it took when it was measured first.
 
@@ -150,11 +156,12 @@ class Plan:
             slim: the network.
             model: the uncut one, which is timed beside it.
         """
-        size = measure(slim, self.dummy_input)
+        counts = count(clone(slim), self.dummy_input)
+        size = complexity(slim, counts)
         if self.cost.dense.latency is None:
-            return size
+            return size, counts.flops
         now, then = latencies([slim, model], self.dummy_input)
-        return dataclasses.replace(size, latency=self.cost.dense.latency * now / then)
+        return dataclasses.replace(size, latency=self.cost.dense.latency * now / then), counts.flops
 
     def cost_of(self, units: Tensor, model: nn.Module) -> Complexity:
         """What the network costs that keeps these units (bool ``[units]``) of ``model``."""

@@ -16,7 +16,7 @@ from ..errors import DNALError
 from ..modules.adapters import adapt
 from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
-from ..modules.running import FORWARD_ERRORS, call, clone, flatten_tensors, seeded
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
 from .dependency import Dependencies, Graph
 from .graph import VertexKey
 from .stored import couple_counted, stored_sizes
@@ -138,12 +138,14 @@ class _Slot:
 
 
 def trace(model: nn.Module, dummy_input: Any) -> Trace:
-    """The coupling graph of a copy of ``model``: one run in eval mode, one in train mode where the model has one.
+    """The coupling graph of ``model``: one run in eval mode, one in train mode where the model has one.
+
+    It is a twin that runs, with the parameters of ``model``.
 
     Raises:
         DNALError: the model returns nothing but NaN and infinity.
     """
-    model = clone(model)
+    model = twin(model)
     adapt(model)
     result = Trace(model)
     with seeded(model):
@@ -248,7 +250,7 @@ def groups_of(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list[C
     except FORWARD_ERRORS as error:
         try:  # is it the model's own?
             with torch.no_grad():
-                call(clone(model).eval(), dummy_input)
+                call(twin(model).eval(), dummy_input)
         except FORWARD_ERRORS as own:
             what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
             why = next(iter(str(own).splitlines()), type(own).__name__)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..budget import Complexity
 from ..errors import DNALError
 from ..modules.adapters import adapt
-from ..modules.running import FORWARD_ERRORS, Example, call, clone, flatten_tensors, raised_in
+from ..modules.running import FORWARD_ERRORS, Example, call, clone, flatten_tensors, raised_in, twin
 from ..surgery.inject import detach
 
 with warnings.catch_warnings():
@@ -119,7 +119,7 @@ class _Traced(nn.Module):
 
 
 def count(model: nn.Module, dummy_input: Any) -> Count:
-    """Count every module of ``model`` with fvcore, in eval mode, on a copy without gates.
+    """Count every module of ``model`` with fvcore, in eval mode, on a twin without gates.
 
     Args:
         model: any module that runs on ``dummy_input``.
@@ -128,7 +128,7 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
     Raises:
         DNALError: torch's tracer, with which fvcore counts, cannot pass the model; names the module.
     """
-    model = clone(model).eval()
+    model = twin(model).eval()
     detach(model)
     adapt(model)  # modules that are counted by their layers, before and after a cut
     for parameter in model.parameters():  # the fast path of attention, taken without gradients, hides what it computes
@@ -233,6 +233,10 @@ def measure(model: nn.Module, dummy_input: Any) -> Complexity:
     Raises:
         DNALError: torch's tracer, with which fvcore counts, cannot pass the model; names the module.
     """
-    counted = count(model, dummy_input)
+    return complexity(model, count(clone(model), dummy_input))
+
+
+def complexity(model: nn.Module, counted: Count) -> Complexity:
+    """What ``model``, of which this is the count, costs."""
     parameters = sum(p.numel() for p in model.parameters())
     return Complexity(counted.flops[""], parameters, uncounted=counted.uncounted)

@@ -120,12 +120,18 @@ class CostModel:
         groups: its channel groups; those that are not frozen are the gates, in this order.
         dummy_input: what ``measure`` counts.
         timed: measure the layers' latencies too (some seconds).
+
+    Attributes:
+        active: the groups that have a gate.
+        sizes: their numbers of units.
+        flops_of: fvcore's count by dotted path of a module, "" the whole.
+        dense: what the whole costs.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, timed: bool = False) -> None:
         self.active = [g for g in groups if g.frozen is None]
         self.sizes = [g.channels for g in self.active]
-        flops_of = flops_by_module(model, dummy_input)
+        flops_of = self.flops_of = flops_by_module(model, dummy_input)
         whole, latency_of = layer_latencies(model, dummy_input) if timed else (None, {})
         self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()), whole)
         rows = _Rows(self.active)

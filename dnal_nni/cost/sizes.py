@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from ..modules.gates import ScaledSigmoidGate
-from .count import flops_by_module
 
 
-def layer_flops(dense: nn.Module, slim: nn.Module, dummy_input: Any) -> dict[str, tuple[int, int]]:
-    """By dotted path, fvcore's count (dense, slim) of what a module does itself, where that is anything.
+def layer_flops(dense: Mapping[str, int], slim: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """By dotted path, the FLOPs (dense, slim) of what a module does itself, where that is anything.
 
     A layer that is gone counts 0; what a module does by functions, such as attention, is its own.
+
+    Args:
+        dense: by dotted path, as :func:`~dnal_nni.cost.count.count` has them.
+        slim: the same of the cut network.
     """
-    before, after = (_own(flops_by_module(model, dummy_input)) for model in (dense, slim))
-    return {path: (count, after.get(path, 0)) for path, count in before.items() if count > 0}
+    after = _own(slim)
+    return {path: (flops, after.get(path, 0)) for path, flops in _own(dense).items() if flops > 0}
 
 
-def _own(counts: dict[str, int]) -> dict[str, int]:
+def _own(counts: Mapping[str, int]) -> dict[str, int]:
     """Without what the modules inside of a module do."""
     own = dict(counts)
     for path in counts:

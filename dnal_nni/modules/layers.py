@@ -31,12 +31,20 @@ Norm: Any = (
 )
 
 
-def cut_tensor(module: nn.Module, name: str, dim: int, keep: Tensor) -> None:
-    """Keep the entries ``keep`` (bool) of one dimension of a parameter or buffer, in place; None stays None."""
+def cut_tensor(module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None:
+    """Keep some entries of a parameter or buffer, in place: bool by dimension. None stays None."""
     old = getattr(module, name, None)
-    if old is None or bool(keep.all()):
+    keep = {dim: mask for dim, mask in keep.items() if not bool(mask.all())}
+    if old is None or not keep:
         return
-    new = old.detach().index_select(dim, keep.nonzero().flatten().to(old.device))
+    left = {dim: mask.nonzero().flatten().to(old.device) for dim, mask in keep.items()}
+    if len(left) == 1:
+        ((dim, index),) = left.items()
+        new = old.detach().index_select(dim, index)
+    else:  # all at once: large tensors between would take longer than all the rest
+        every = [torch.arange(size, device=old.device) for size in old.shape[: max(left) + 1]]
+        lines = [left.get(dim, line) for dim, line in enumerate(every)]
+        new = old.detach()[torch.meshgrid(*lines, indexing="ij")]
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
@@ -120,9 +128,7 @@ class Layer:
     def cut(self, module: nn.Module, keep: Mapping[Side, Tensor]) -> None:
         """Keep some channels, in place: bool ``[channels]`` for every side that loses some."""
         for name, dims in self.tensors.items():
-            for side, dim in dims.items():
-                if side in keep:
-                    cut_tensor(module, name, dim, keep[side])
+            cut_tensor(module, name, {dim: keep[side] for side, dim in dims.items() if side in keep})
         for name, side in self.sizes.items():
             if side in keep:
                 self.set_size(module, name, int(keep[side].sum()))
@@ -198,13 +204,12 @@ class _Convolution(Layer):
 
     def cut(self, module: Any, keep: Mapping[Side, Tensor]) -> None:
         whole, dims = whole_groups(module), self.dims(module, "weight")
-        for side, mask in keep.items():
-            if side in dims:
-                cut_tensor(module, "weight", dims[side], mask)
-            elif not whole:
-                cut_tensor(module, "weight", 1, mask.view(module.groups, -1)[0])
+        masks = {dims[side]: mask for side, mask in keep.items() if side in dims}
+        if not whole and (others := keep.keys() - dims):
+            masks[1] = keep[others.pop()].view(module.groups, -1)[0]
+        cut_tensor(module, "weight", masks)
         if "out" in keep:
-            cut_tensor(module, "bias", 0, keep["out"])
+            cut_tensor(module, "bias", {0: keep["out"]})
         if whole and "in" in keep:
             module.groups = int(keep["in"].view(module.groups, -1).any(1).sum())
         for name, side in self.sizes.items():

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup, Member, groups_of
-from ..cost.count import measure
+from ..cost.count import complexity, count
+from ..cost.sizes import layer_flops, tensor_bytes
 from ..errors import DNALError
 from ..modules.layers import Conv, layer_of
 from ..modules.running import clone
@@ -103,13 +104,16 @@ def speedup(
     reference = hard_gated_copy(masked, cuttable, keep)
     slim = slim_copy(reference, cuttable, keep)
     max_abs_diff, relative_diff = check_equal(reference, slim, dummy_input)
+    before, after = (count(clone(model), dummy_input) for model in (dense, slim))
     report = Report(
-        before=measure(dense, dummy_input),
-        after=measure(slim, dummy_input),
+        before=complexity(dense, before),
+        after=complexity(slim, after),
         groups=[_group_report(group, keep, votes[group.name]) for group in groups],
         max_abs_diff=max_abs_diff,
         relative_diff=relative_diff,
         masked_diff=difference(masked_copy(dense, masks), clone(slim), dummy_input, modes=("eval",))[1],
+        file_bytes=(tensor_bytes(dense), tensor_bytes(slim)),
+        layer_flops=layer_flops(before.flops, after.flops),
     )
     if recalibrate is not None:
         training = slim.training

@@ -69,10 +69,8 @@ def slim_twin(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
             changes.stored[path] = _resize(slim, path, sides)
         elif any(dim is not None for _, dim in sides):
             owner, _, name = path.rpartition(".")
-            for (_, dim), mask in sides.items():
-                assert dim is not None
-                cut_tensor(slim.get_submodule(owner), name, dim, mask)
             holder = slim.get_submodule(owner)
+            cut_tensor(holder, name, {dim: mask for (_, dim), mask in sides.items() if dim is not None})
             if name in holder._non_persistent_buffers_set:
                 changes.unsaved.append(path)
             if kind := layer_of(holder):  # whose parent computes with its weight
@@ -130,5 +128,3 @@ def _resize(model: nn.Module, path: str, counts: Mapping[tuple[Side, int | None]
         )
     setattr(module, name, value)
     return list(value) if isinstance(value, (list, tuple)) else value
-
-

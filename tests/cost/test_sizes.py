@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALPruner, save_compressed
-from dnal_nni.cost.count import measure
+from dnal_nni.cost.count import flops_by_module, measure
 from dnal_nni.cost.sizes import layer_flops, tensor_bytes
 
 
@@ -29,7 +29,7 @@ class Mixed(nn.Module):
 def test_each_layer_has_its_own_and_together_they_are_all() -> None:
     x = torch.randn(1, 3, 4, 4)
     wide, narrow = Mixed(8), Mixed(6, last=False)
-    found = layer_flops(wide, narrow, x)
+    found = layer_flops(*(flops_by_module(model, x) for model in (wide, narrow)))
     conv = {"body.0": (16 * 3 * 8, 16 * 3 * 6), "body.2": (16 * 8 * 8, 16 * 6 * 6)}
     assert {path: found[path] for path in conv} == conv
     assert found["last"] == (8 * 5, 0)
