@@ -1,7 +1,7 @@
 """Searches find what they found: the structure of three networks, as it was when this test was written.
 
 The seed decides; no rewriting of the package may. A change of the *method* changes these numbers: say so in CHANGELOG.
-Two structures are the same on every processor, and are held by checksum. Of ResNet-18 sixteen steps make what processors
+Two are the same on every processor, and are held by checksum. Of ResNet-18, sixteen steps make what processors
 round differently into other structures, a few units apart: its widths are held.
 """
 
