@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from .counts import Equal, StoredSize
@@ -54,11 +56,22 @@ def couple_counted(
             (pair.line.numpy(), np.moveaxis(pair.ids.numpy(), pair.axis, -1).reshape(-1, len(pair.line)), pair.why)
             for pair in equal
         ]
-        apart = [pair for pair in pairs if not _as_many(labels, *pair[:2])]
-        for first, other, why in apart:
-            graph.couple(torch.from_numpy(first), torch.from_numpy(other), why)
-        labels = graph.units() if apart else labels
+        apart = labels
+        for first, other, why in pairs:
+            if not _as_many(apart, first, other):  # nor after the couplings made so far: a permutation is as many
+                graph.couple(torch.from_numpy(first), torch.from_numpy(other), why)
+                apart = _joined(apart, first, other)
+        labels = graph.units() if apart is not labels else labels
     return labels
+
+
+def _joined(labels: np.ndarray, first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The units once these channels are coupled."""
+    one, two = labels[np.broadcast_to(first, other.shape)].ravel(), labels[other].ravel()
+    free = (np.broadcast_to(first, other.shape).ravel() >= 0) & (other.ravel() >= 0)
+    size = int(labels.max()) + 1
+    links = coo_array((np.ones(int(free.sum()), dtype=np.int8), (one[free], two[free])), shape=(size, size))
+    return np.asarray(connected_components(links, directed=False)[1], dtype=np.int64)[labels]
 
 
 def _as_many(labels: np.ndarray, first: np.ndarray, other: np.ndarray) -> bool:

@@ -49,6 +49,15 @@ class Stored(Attention):
         return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(len(x), -1, self.dim))
 
 
+class Turned(Attention):
+    """Its heads are put together in another order than they were taken apart (NesT, EdgeNeXt, XCiT)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(self.attend(*qkv.unbind(0)).permute(0, 2, 3, 1).reshape(B, N, C))
+
+
 @functools.lru_cache
 def parts(width: int, heads: int) -> tuple[int, int]:
     return heads, width // heads
@@ -93,8 +102,9 @@ def admitted(net: nn.Module, x: Tensor = X) -> list[ChannelGroup]:
     return [group for group in groups if group.frozen is None]
 
 
-def test_a_width_taken_from_the_input_couples_the_heads_with_the_stream() -> None:
-    (stream,) = admitted(Transformer(Attention))
+@pytest.mark.parametrize("kind", [Attention, Turned])
+def test_a_width_taken_from_the_input_couples_the_heads_with_the_stream(kind: type[Attention]) -> None:
+    (stream,) = admitted(Transformer(kind))
     assert stream.channels == 4
     produced = {(m.path, m.side, len(m.channels)) for m in stream.members}
     assert {("stem", "out", 16), ("blocks.0.qkv", "out", 48), ("blocks.1.num_heads", "size", 4)} <= produced
