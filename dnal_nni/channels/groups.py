@@ -18,7 +18,7 @@ from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
 from .dependency import Dependencies, Graph
-from .graph import VertexKey
+from .graph import Vertex, VertexKey
 from .stored import couple_counted, stored_sizes
 from .trace import Trace
 from .work import shares
@@ -185,7 +185,7 @@ def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
     """The groups of channels that a graph amounts to."""
     graph = traced.graph
     for vertex in graph.vertices.values():
-        reason = _uncuttable(traced.model, vertex.path) if vertex.dim is None else None
+        reason = _uncuttable(traced.model, vertex)
         if reason is not None:
             graph.freeze(vertex.ids, reason)
     labels = couple_counted(graph, traced.stored_sizes, traced.equal, graph.units())
@@ -262,8 +262,13 @@ def _first_channel(group: ChannelGroup) -> int:
     return int(next(m for m in group.members if m.path == group.producers[0] and m.side != "in").channels.min())
 
 
-def _uncuttable(model: nn.Module, path: str) -> str | None:
+def _uncuttable(model: nn.Module, vertex: Vertex) -> str | None:
+    path = vertex.path if vertex.dim is None else vertex.path.rpartition(".")[0]
     module = model.get_submodule(path)
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"torch.jit has compiled {path or 'the model'}: nothing can be removed from it"
+    if vertex.dim is not None:
+        return None
     if isinstance(module, Norm) and parametrize.is_parametrized(module):
         return f"the affine of {path} is computed from other tensors (parametrized)"
     stateful = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
@@ -325,8 +330,7 @@ def _gate_fits(model: nn.Module, path: str) -> bool:
     """Whether a gate can sit on a bare tensor: it is a parameter, and nothing else computes its values."""
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
-    mine = name in module._parameters and not parametrize.is_parametrized(module)
-    return mine and not isinstance(module, torch.jit.ScriptModule)
+    return name in module._parameters and not parametrize.is_parametrized(module)
 
 
 def _add_parts(

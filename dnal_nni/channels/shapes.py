@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, hookable, seeded, twin
 
 
 class Shapes:
@@ -30,7 +30,7 @@ class Shapes:
         self._classes = {name: type(module) for name, module in model.named_modules()}
         model = twin(model)
         self._made: Any = WeakIdKeyDictionary()
-        for name, module in model.named_modules():
+        for name, module in hookable(model):
             module.register_forward_hook(functools.partial(self._look, name), with_kwargs=True)
         with seeded(model), torch.no_grad():
             self._run(model.eval(), dummy_input)

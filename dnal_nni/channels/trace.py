@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.layers import Layer, RMSNorm, layer_of
-from ..modules.running import call, flatten_tensors
+from ..modules.running import call, flatten_tensors, hookable
 from .counting import Counting, counted
 from .counts import Equal, StoredSize
 from .flow import Flow, Labels, axes_of, lay
@@ -72,7 +72,9 @@ class Trace(TorchDispatchMode):
     def run(self, dummy_input: Any) -> list[Tensor]:
         """Run the model once; whatever it returns, and this does, keeps its channels."""
         counting = Counting(self.flow, lambda: self._inside is None, lambda: self._calls[-1])
-        with torch.no_grad(), self._hooks(), counted(self.model), counting, self:
+        # what torch.jit has compiled runs operation by operation
+        one_by_one = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        with torch.no_grad(), one_by_one, self._hooks(), counted(self.model), counting, self:
             out = call(self.model, dummy_input)
         returned = list(flatten_tensors(out))
         for tensor in returned:
@@ -95,7 +97,7 @@ class Trace(TorchDispatchMode):
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         handles = []
-        for module in self.model.modules():
+        for _, module in hookable(self.model):
             # ahead of the hooks of torch.nn.utils.weight_norm, which belong to the layer
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(self._leave, with_kwargs=True))

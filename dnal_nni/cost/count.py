@@ -134,7 +134,7 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
     for parameter in model.parameters():  # the fast path of attention, taken without gradients, hides what it computes
         parameter.requires_grad_(parameter.is_floating_point())
     traced = _Traced(model, dummy_input)
-    stubbed: list[str] = []
+    stubbed = _passed_over(traced)
     while True:
         missed: set[str] = set()
         try:
@@ -180,6 +180,29 @@ def _careful(name: str, handle: Handle, missed: set[str]) -> Handle:
             return Counter()
 
     return careful
+
+
+class _Compiled(nn.Module):
+    """What torch.jit has compiled, out of the tracer's sight."""
+
+    def __init__(self, compiled: nn.Module) -> None:
+        super().__init__()
+        self.held = (compiled,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.held[0](*args, **kwargs)
+
+
+def _passed_over(traced: _Traced) -> list[str]:
+    """Stub what torch.jit has compiled: it takes no hooks, with which fvcore counts; the paths."""
+    paths: list[str] = []
+    for path, module in list(traced.model.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(f"{other}.") for other in paths):
+            owner, _, name = path.rpartition(".")
+            setattr(traced.model.get_submodule(owner), name, _Compiled(module))
+            _stub(traced, path)
+            paths.append(path)
+    return paths
 
 
 def _stub(traced: _Traced, path: str) -> None:

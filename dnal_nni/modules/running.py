@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DNALError
+from .copies import deep_copy
 
 # what a forward pass of somebody else's module raises
 FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -110,59 +109,25 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 def clone(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps computed tensors as attributes (``torch.nn.utils.weight_norm`` does)."""
-    return _copied(model, {})
+    return deep_copy(model, dict)
 
 
 def twin(model: nn.Module, values: Callable[[Tensor], Tensor] = torch.detach) -> nn.Module:
     """A copy whose parameters are ``values`` of the model's: by default they share its memory. Buffers are its own."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        if type(p).__deepcopy__ is nn.Parameter.__deepcopy__:
-            memo[id(p)] = type(p)(values(p.detach()), p.requires_grad)
-    return _copied(model, memo)
+
+    def known() -> dict[int, Any]:
+        return {
+            id(p): type(p)(values(p.detach()), p.requires_grad)
+            for p in model.parameters()
+            if type(p).__deepcopy__ is nn.Parameter.__deepcopy__
+        }
+
+    return deep_copy(model, known)
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(model, memo)`` in a tenth of the time: most of what a module holds is empty, or a number."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
-                memo[id(value)] = value.detach().clone()
-    return _copy(model, memo)
-
-
-def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    if id(module) in memo:
-        return memo[id(module)]
-    if _copies_itself(type(module)):
-        return copy.deepcopy(module, memo)
-    memo[id(module)] = made = type(module).__new__(type(module))
-    state = vars(made)
-    for name, value in vars(module).items():
-        if name == "_compiled_call_impl":
-            continue
-        if name == "_modules":
-            state[name] = type(value)(
-                (key, None if child is None else _copy(child, memo)) for key, child in value.items()
-            )
-        elif _is_plain(value) or type(value) is tuple and all(map(_is_plain, value)):
-            state[name] = value
-        elif type(value) in (OrderedDict, dict, set) and not value:
-            state[name] = memo.setdefault(id(value), type(value)())
-        else:
-            state[name] = copy.deepcopy(value, memo)
-    return made
-
-
-def _copies_itself(kind: type[nn.Module]) -> bool:
-    """Whether a class says how it is copied, other than ``nn.Module`` does."""
-    names = ("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
-    own = any(getattr(kind, name, None) not in (getattr(nn.Module, name, None), None) for name in names)
-    return own or not kind.__setstate__.__module__.startswith("torch.nn.")
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str)
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules of all that take hooks: what torch.jit has compiled takes none."""
+    return ((path, m) for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
 
 
 def raised_in(error: BaseException, torch_too: bool = False) -> nn.Module | None:

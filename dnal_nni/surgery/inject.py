@@ -37,6 +37,8 @@ def check_model(model: nn.Module) -> None:
         raise DNALError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if next(model.parameters(), None) is None:
         raise DNALError("the model has no parameters: there is nothing to prune")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DNALError("torch.jit has compiled the model: pass the module that it was made of; compile the cut one")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module; train with the wrapper")
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,6 +1,8 @@
-"""Steps with sizes in their code, and layers that are a function and a parameter."""
+"""Steps with sizes in their code, layers that are a function and a parameter, and what cannot be traced or copied."""
 
 from __future__ import annotations
+
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .layers import SOME, WIDTHS
-from .program import Made, Value, ingredient
+from .program import CONV, Made, Value, ingredient
 
 
 class TakesWidth(nn.Module):
@@ -54,3 +56,29 @@ class Equalised(nn.Module):
 @ingredient(often=2, width=WIDTHS)
 def equalised(x: Value, *, width: int = 8) -> Made:
     return Equalised(x.channels, width, x.dims)
+
+
+class Locked(nn.Module):
+    """A convolution that cannot be pickled, nor deep-copied."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.held = conv, [threading.Lock(), (n for n in range(3))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.held[0]:
+            return self.conv(x)
+
+
+@ingredient(width=WIDTHS)
+def locked(x: Value, *, width: int = 8) -> Made:
+    return Locked(CONV[x.dims](x.channels, width, 1)) if x.dims else None
+
+
+@ingredient(width=WIDTHS, pointwise=SOME)
+def compiled(x: Value, *, width: int = 4, pointwise: bool = False) -> Made:
+    """What torch.jit has compiled: an activation, or an activation between two layers."""
+    if pointwise or not x.dims:
+        return torch.jit.script(nn.SiLU())
+    conv = CONV[x.dims]
+    return torch.jit.script(nn.Sequential(conv(x.channels, width, 1), nn.SiLU(), conv(width, x.channels, 1)))

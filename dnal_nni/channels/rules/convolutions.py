@@ -8,7 +8,7 @@ from ..flow import Arrays, Flow, Operation, axes_of, lay
 from .registry import rule
 
 
-@rule("convolution")
+@rule("convolution", "_convolution")
 def convolution(flow: Flow, op: Operation) -> None:
     """A convolution that is no layer: its kernel may be one for each channel, or a bare parameter."""
     x, weight, bias = (flow.of(op.argument(name)) for name in ("input", "weight", "bias"))
