@@ -28,7 +28,7 @@ HANDED_OUT = (
 METHODS = {"search", "compress", "harden", "speedup", "carry_optimizer", "unwrap_model", "wrap_model", "update_masks"}
 METHODS |= {"get_masks", "state_dict", "load_state_dict", "save_checkpoint", "load_checkpoint", "from_compressor"}
 METHODS |= {"report", "groups", "gates", "step", "penalised", "restore", "to_dict", "from_dict", "to_json", "to_html"}
-METHODS |= {"choose", "dependency_groups"}
+METHODS |= {"choose", "dependency_groups", "slim_model", "list_models"}
 METHODS |= {"to_tensorboard", "plot_widths", "rows"}
 METHODS |= {"of", "put", "freeze", "couple", "mix", "meet", "argument", "gives_zero"}
 METHODS |= {"plan", "session", "active", "sizes", "by_group", "slim", "measured", "attach", "detach", "start", "stop"}
@@ -70,7 +70,7 @@ def described(name: str, thing: Any) -> list[str]:
 
 def page() -> str:
     parts = [HEAD]
-    for name in dnal_nni.__all__:
+    for name in sorted([*dnal_nni.__all__, "DNALStrategy"]):  # which needs pytorch_lightning
         parts += described(name, getattr(dnal_nni, name))
     for thing in HANDED_OUT:
         parts += described(thing.__name__, thing)

@@ -1,8 +1,10 @@
 """The examples run as their first lines say."""
 
+import ast
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,44 @@ def test_nas_benchmark_goes_on_where_it_stopped(tmp_path: Path) -> None:
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [run["job"]["method"] for run in runs] == ["random_one", "dnal_single", "darts"]
     assert all(run["flops"] == pytest.approx(3e5, rel=0.03) for run in runs)
+
+
+@pytest.mark.slow
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells in order, as Jupyter runs them, which is not needed here; what a cell ends with shows itself."""
+    book = json.loads((EXAMPLES / "digits.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 7 and not any(cell.get("outputs") for cell in book["cells"])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(Image=lambda path: Path(path)))
+    state: dict[str, object] = {"__name__": "__main__"}
+    shown = []
+    for cell in cells:
+        tree = ast.parse(cell)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "digits.ipynb", "exec"), state)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), "digits.ipynb", "eval"), state))
+    report = state["report"]
+    assert report.after.flops / report.before.flops == pytest.approx(0.5, rel=0.01)
+    assert min(report.accuracy) > 97
+    assert "<svg" in report._repr_html_() and any(value is report for value in shown)
+    picture = next(value for value in shown if isinstance(value, Path))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quantize(tmp_path: Path) -> None:
+    for package in ("torchao", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "quantize.py"), "--epochs", "4", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    found = {(row["network"], row["numbers"]): row for row in rows}
+    assert len(found) == 8
+    for network in ("dense", "cut"):
+        whole = found[network, "float"]
+        for numbers in ("int8, torchao", "int8, torchao, in training", "int8, ONNX Runtime"):
+            small = found[network, numbers]
+            assert small["bytes"] < (0.6 if network == "dense" else 0.8) * whole["bytes"]
+            assert small["accuracy"] > whole["accuracy"] - 3 and whole["accuracy"] > 90
