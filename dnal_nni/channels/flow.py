@@ -19,13 +19,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modules.running import flatten_tensors
 from .counts import Sizes
-from .graph import CouplingGraph, Vertex
+from .graph import CouplingGraph, Site, Vertex
 from .made import Made
 from .parts import Parts
 from .uses import Uses
 
 Arrays = tuple[Tensor, ...]
-Site = frozenset[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Labels:
         shape: shape of the tensor.
         arrays: int64 channel ids, each with the tensor's number of dimensions and size 1 or the tensor's along each;
             -1: a fixed position. Usually one array; a bare parameter has one for each of its axes.
-        site: norms whose affine zeroes the channels, see :class:`~dnal_nni.channels.graph.CouplingGraph`.
+        site: what a gate can act on to zero the channels here, or None; to be handed on as it is, or not at all.
     """
 
     shape: torch.Size
@@ -191,9 +190,7 @@ class Flow:
     def parameter(self, array: Tensor) -> Vertex | None:
         """The vertex of the bare parameter or buffer whose untouched labels ``array`` are."""
         ids = array.reshape(-1)
-        return next(
-            (v for v in self.graph.vertices.values() if v.dim is not None and torch.equal(v.ids, ids)), None
-        )
+        return next((v for v in self.graph.vertices.values() if v.dim is not None and torch.equal(v.ids, ids)), None)
 
     def mix(self, labels: Labels | None, axes: Sequence[int], what: str, if_used: bool = False) -> Arrays:
         """The arrays behind an operation that combines all elements along ``axes``, which keep their size.

@@ -20,6 +20,14 @@ from torch import Tensor
 from ..modules.layers import Side
 
 VertexKey = tuple[str, Side, int | None]
+Site = frozenset[str | VertexKey] | None
+"""What a gate can act on to zero the channels of a tensor: norms, by their paths, on whose affine it acts, and layers,
+by their sides, whose output it multiplies. None: nothing that is known of."""
+
+
+def on_norms(site: Site) -> bool:
+    """Whether gates on norms zero the channels, at no cost in memory."""
+    return site is not None and all(isinstance(mark, str) for mark in site)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +67,9 @@ class CouplingGraph:
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
         self._frozen: list[tuple[np.ndarray, str] | None] = []
         self._rectangles: list[tuple[np.ndarray, int | None]] = []
-        self.sites: dict[VertexKey, frozenset[str] | None] = {}
-        """For every reader of channels: the norms that a channel passes last on its way there; a gate on the affine of
-        those zeroes the channel. None where some way there passes no norm."""
+        self.sites: dict[VertexKey, Site] = {}
+        """For every reader of channels: what zeroes them there, of all ways there; None where nothing does on one."""
+        self._sums: list[tuple[np.ndarray, Site]] = []
 
     def vertex(self, path: str, side: Side, size: int, dim: int | None = None) -> Vertex:
         """The vertex of one side of a layer, made at first use."""
@@ -115,7 +123,19 @@ class CouplingGraph:
             self.freeze(ids, "its channels lie among fixed ones in a tensor of several axes")
         self._rectangles.append((ids.numpy(), axis))
 
-    def read_by(self, vertex: Vertex, site: frozenset[str] | None) -> None:
+    def add_up(self, ids: Tensor, site: Site) -> None:
+        """These channels are added up where ``site`` zeroes them: without those that are zero, the sum is the same."""
+        self._sums.append((np.unique(ids[ids >= 0].numpy()), site))
+
+    def sums(self, labels: np.ndarray) -> dict[int, list[Site]]:
+        """By unit, what zeroes it where it is added up."""
+        found: dict[int, list[Site]] = {}
+        for ids, site in self._sums:
+            for unit in np.unique(labels[ids]).tolist():
+                found.setdefault(unit, []).append(site)
+        return found
+
+    def read_by(self, vertex: Vertex, site: Site) -> None:
         """Note the gate site of the channels that arrive at a reader; of several calls, all must have one."""
         before = self.sites.get(vertex.key, frozenset())
         self.sites[vertex.key] = None if site is None or before is None else before | site
@@ -124,9 +144,7 @@ class CouplingGraph:
         """The unit of every channel, int ``[total]``."""
         while True:
             labels = self._components()
-            pending = [
-                edge for ids, axis in self._rectangles if (edge := _straighten(ids, labels, axis)) is not None
-            ]
+            pending = [edge for ids, axis in self._rectangles if (edge := _straighten(ids, labels, axis)) is not None]
             if not pending:
                 return labels
             self._edges.append(_joined(pending))

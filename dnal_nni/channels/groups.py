@@ -18,12 +18,13 @@ from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
 from .dependency import Dependencies, Graph
-from .graph import Vertex, VertexKey
+from .graph import Site as GraphSite
+from .graph import Vertex, VertexKey, on_norms
 from .stored import couple_counted, stored_sizes
 from .trace import Trace
 from .work import shares
 
-Site = Literal["norm", "input", "output"]
+Site = Literal["norm", "input", "output", "both"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +97,9 @@ class ChannelGroup:
         members: every layer concerned.
         parts: operations outside of layers that cost less with fewer of these channels.
         producers: the convolution and linear layers whose output channels these are.
-        norms: norms on which a gate can act (empty: none).
-        site: where the gate acts: on the affine of ``norms``, at the input of the consumers, or, for candidates of a
-            supernet, on their output.
+        norms: norms on which a gate can act (empty: none); where channels are added up, layers too.
+        site: where the gate acts: "norm", on the affine of ``norms``; "input", at the input of the consumers; "output",
+            on the output of ``norms``, or of candidates of a supernet; "both", there and at the consumers.
         frozen: why the group is left whole, or None.
         least: units that must stay.
         most: candidates that may stay at the end of a search; None: all.
@@ -207,8 +208,9 @@ def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
     parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for unit, where in touching.items():
         parts[tuple(where)].append(unit)
+    sums = graph.sums(labels)
     made = [
-        _make_group(traced, [slots[i] for i in where], units, frozen)
+        _make_group(traced, [slots[i] for i in where], units, frozen, [s for u in units for s in sums.get(u, ())])
         for where, units in parts.items()
         if any(slots[i].key in graph.producers for i in where)
     ]
@@ -280,7 +282,7 @@ def _uncuttable(model: nn.Module, vertex: Vertex) -> str | None:
 
 
 def _make_group(
-    traced: Trace | Dependencies, slots: list[_Slot], units: list[int], frozen: dict[int, str]
+    traced: Trace | Dependencies, slots: list[_Slot], units: list[int], frozen: dict[int, str], sums: list[GraphSite]
 ) -> tuple[ChannelGroup, dict[int, int]]:
     """The group of these units of the graph, and the number that each has in it."""
     sources = [slot for slot in slots if slot.key in traced.graph.producers]
@@ -299,19 +301,16 @@ def _make_group(
         ours, numbers = torch.from_numpy(channels), torch.from_numpy(local[place[channels]])
         reads = dim is not None and slot.key in sites
         members.append(Member(path, side, ours, numbers, len(slot.units), dim, axis, reads))
+    norms, site = _where_zeroed(members, list(sites.values()), sums)
     without_gate = [m.path for m in members if m.reads and not _gate_fits(traced.model, m.path)]
-    norms: tuple[str, ...] = ()
-    if sites and all(site is not None for site in sites.values()):
-        union = frozenset().union(*(site for site in sites.values() if site is not None))
-        norms = tuple(m.path for m in members if m.path in union and m.side == "both")
     reason = next((frozen[u] for u in units if u in frozen), None)
     if len(root.units) == 1:
         reason = "it has a single channel"
-    if reason is None and not sites:
+    if reason is None and not sites and not sums:
         reason = "no layer reads its output"
     if reason is None and len(units) < 2:
         reason = "its channels can only be removed all at once"
-    if reason is None and without_gate and not norms:
+    if reason is None and without_gate and site in ("input", "both"):
         reason = f"a function reads these channels with {without_gate[0]}, which is no parameter that a gate can sit on"
     group = ChannelGroup(
         name=root.key[0],
@@ -320,7 +319,7 @@ def _make_group(
         members=tuple(members),
         producers=tuple(dict.fromkeys(slot.key[0] for slot in sources)),
         norms=norms,
-        site="norm" if norms else "input",
+        site=site,
         frozen=reason,
     )
     return group, number
@@ -331,6 +330,21 @@ def _gate_fits(model: nn.Module, path: str) -> bool:
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
     return name in module._parameters and not parametrize.is_parametrized(module)
+
+
+def _where_zeroed(
+    members: list[Member], readers: list[GraphSite], sums: list[GraphSite]
+) -> tuple[tuple[str, ...], Site]:
+    """The layers on which a gate zeroes a group's channels where they are read or added up, and how it acts.
+
+    Outputs of layers are gated only where they must be, for the sake of sums: it costs memory.
+    """
+    where: Site = "norm" if all(map(on_norms, [*readers, *sums])) else "output" if sums else "input"
+    if where == "output" and None in readers:
+        where, readers = "both", []
+    union: set[Any] = set().union(*(site for site in [*readers, *sums] if site is not None))
+    norms = tuple(m.path for m in members if (m.side == "both" and m.path in union) or (m.path, m.side, m.dim) in union)
+    return (norms, where) if norms and where != "input" else ((), "input")
 
 
 def _add_parts(

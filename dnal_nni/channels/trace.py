@@ -21,7 +21,7 @@ from ..modules.running import call, flatten_tensors, hookable
 from .counting import Counting, counted
 from .counts import Equal, StoredSize
 from .flow import Flow, Labels, axes_of, lay
-from .graph import CouplingGraph, Vertex
+from .graph import CouplingGraph, Site, Vertex
 from .parts import couple_equal
 from .rules.dispatch import run
 from .work import Work, note
@@ -162,9 +162,7 @@ class Trace(TorchDispatchMode):
         else:
             self._passing(path, module, layer, x, labels, out)
 
-    def _mixing(
-        self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Any
-    ) -> None:
+    def _mixing(self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Any) -> None:
         axis, widths, units = layer.input_axis(module), layer.widths(module), layer.units(module)
         ends = {side: self.graph.vertex(path, side, width) for side, width in widths.items()}
         passed: list[Tensor] = []
@@ -182,7 +180,8 @@ class Trace(TorchDispatchMode):
                 self.graph.producers.add(ends["out"].key)
             zero = per_channel and getattr(module, "bias", None) is None and labels is not None
             made = [lay(ends["out"].ids, axis % out.dim(), out.dim())] if widths["out"] > 1 else []
-            self.flow.put(out, [*made, *passed], labels.site if zero and labels else None)
+            site: Site = None if passed else frozenset([ends["out"].key])
+            self.flow.put(out, [*made, *passed], labels.site if zero and labels else site)
 
     def _passing(
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor
@@ -199,7 +198,7 @@ class Trace(TorchDispatchMode):
         passed = self._read(vertex, x, labels, axis, layer.apart(x.dim(), axis))
         if units := layer.units(module):
             self.graph.couple_units([(vertex, units["both"])])
-        site = labels.site if labels is not None and layer.zero == "input" else None
+        site: Site = labels.site if labels is not None and layer.zero == "input" else None
         if layer.zero == "affine" and getattr(module, "weight", None) is not None and not passed:
             site = frozenset([path])
         made = [lay(vertex.ids, axis, out.dim())] if width > 1 else []

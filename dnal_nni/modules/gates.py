@@ -142,7 +142,7 @@ class WeightGate(AffineGate):
 
 
 class InputGate(ChannelFactor):
-    """Multiplies the input of a consumer, whose channels lie in dimension ``dim`` (negative: from the end)."""
+    """Multiplies the input of a layer, or its output; channels lie in dimension ``dim`` (negative: from the end)."""
 
     def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, dim: int) -> None:
         super().__init__(gates, index)

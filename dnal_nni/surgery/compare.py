@@ -212,9 +212,7 @@ def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[fl
 Outputs = tuple[list[Tensor], list[Tensor]]  # what a model returns, and what the watched layers do
 
 
-def outputs(
-    model: nn.Module, inputs: Any, watch: Collection[str], mode: str, draws: set[str] | None = None
-) -> Outputs:
+def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str, draws: set[str] | None = None) -> Outputs:
     """What a model returns in eval or train mode, without chance, and what the watched layers do.
 
     Args:

@@ -18,12 +18,18 @@ from ..modules.gates import AffineGate, ChannelFactor, InputGate, ScaledSigmoidG
 from ..modules.layers import layer_of, masked_statistics
 
 _INPUT_GATE = "dnal_input_gate"
+_OUTPUT_GATE = "dnal_output_gate"
 _STATISTICS_GATE = "dnal_statistics_gate"
 
 
 def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # a global function and a submodule, not a closure: a copy of the model uses the copy's gates
     return (getattr(module, _INPUT_GATE)(args[0]), *args[1:])
+
+
+def _gate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    gated: Tensor = getattr(module, _OUTPUT_GATE)(output)
+    return gated
 
 
 def _mask_statistics(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -65,6 +71,7 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
     adapt(model, revertible=True)
     norms: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     inputs: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
+    outputs: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     statistics: dict[str, list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     weights: dict[tuple[str, int], list[tuple[Member, ScaledSigmoidGate]]] = defaultdict(list)
     for group in groups:
@@ -75,11 +82,12 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 choice = model.get_submodule(member.path)
                 assert isinstance(choice, Choice)
                 choice.attach(gates[group.name])
-            if group.site == "norm" and member.path in group.norms:
-                norms[member.path].append((member, gates[group.name]))
-            elif group.site == "input" and member.reads:
+            if group.site != "input" and member.path in group.norms and member.side in ("both", "out"):
+                made_by = norms if member.side == "both" else outputs
+                made_by[member.path].append((member, gates[group.name]))
+            elif group.site in ("input", "both") and member.reads:
                 weights[member.path, member.dim or 0].append((member, gates[group.name]))
-            elif group.site == "input" and _gated_ahead(model, member):
+            elif group.site in ("input", "both") and _gated_ahead(model, member):
                 inputs[member.path].append((member, gates[group.name]))
             if member.axis is not None and masked_statistics(model.get_submodule(member.path)):
                 statistics[member.path].append((member, gates[group.name]))
@@ -99,19 +107,25 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 parametrize.register_parametrization(norm, name, factor)
                 _shorten(type(norm), name)
     for path, sources in inputs.items():
-        consumer = model.get_submodule(path)
-        involved, index = _index(sources)
-        layer = layer_of(consumer)
-        assert layer is not None
-        dim = layer.input_axis(consumer)
-        consumer.add_module(_INPUT_GATE, InputGate(involved, index, dim).to(_device(model)))
-        consumer.register_forward_pre_hook(_gate_input)
+        _multiply(model, path, sources, _INPUT_GATE).register_forward_pre_hook(_gate_input)
+    for path, sources in outputs.items():
+        _multiply(model, path, sources, _OUTPUT_GATE).register_forward_hook(_gate_output)
     order = {path: list(model.get_submodule(path)._parameters) for path in {p.rpartition(".")[0] for p, _ in weights}}
     for (path, dim), sources in weights.items():
         owner, _, name = path.rpartition(".")
         involved, index = _index(sources)
         gate = WeightGate(involved, index, dim, order[owner]).to(_device(model))
         parametrize.register_parametrization(model.get_submodule(owner), name, gate)
+
+
+def _multiply(model: nn.Module, path: str, sources: Sequence[tuple[Member, ScaledSigmoidGate]], name: str) -> nn.Module:
+    """Give a layer a gate that multiplies what goes in or comes out; the layer."""
+    module = model.get_submodule(path)
+    involved, index = _index(sources)
+    layer = layer_of(module)
+    assert layer is not None
+    module.add_module(name, InputGate(involved, index, layer.input_axis(module)).to(_device(model)))
+    return module
 
 
 def _gated_ahead(model: nn.Module, member: Member) -> bool:
@@ -167,6 +181,7 @@ def detach(model: nn.Module) -> None:
             module._parameters = {name: module._parameters.pop(name) for name in order} | module._parameters
         for name, hooks, ours in (
             (_INPUT_GATE, module._forward_pre_hooks, _gate_input),
+            (_OUTPUT_GATE, module._forward_hooks, _gate_output),
             (_STATISTICS_GATE, module._forward_hooks, _mask_statistics),
         ):
             if name in module._modules:

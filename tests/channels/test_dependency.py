@@ -342,7 +342,7 @@ class Normalised(nn.Module):
         self.scale, self.shift = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale + self.shift
+        return x / x.square().cumsum(1).amax(1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale + self.shift
 
 
 class PruneNormalised(tp.BasePruningFunc):

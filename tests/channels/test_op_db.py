@@ -1,7 +1,8 @@
 """Labels against what PyTorch's own samples of its operations do when one unit of channels changes.
 
 A unit that a rule leaves free (neither frozen nor coupled with everything) must not reach an element without its label;
-and where the labels claim norms that zero the result, the result must be 0 when the unit is.
+one that is added up must not be missed where it is 0; and where the labels claim norms that zero the result, the result
+must be 0 when the unit is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ UNITS = 3  # that change, one at a time
 # what they return is not specified, or as many random numbers are drawn as values are negative
 UNSPECIFIED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 UNSPECIFIED |= {"nn.functional.rrelu"}
+# divide by a count, or its root, that no operation is given
+AVERAGING = {f"nn.functional.{name}" for name in ("linear_cross_entropy", "multilabel_soft_margin_loss", "kl_div")}
+AVERAGING |= {"nn.functional.scaled_dot_product_attention"}
 
 # reached by the samples with labels, and without a rule: what enters them is frozen
 WITHOUT_RULE = set(
@@ -136,6 +140,7 @@ def check(sample: Sample) -> tuple[list[str], int, set[str]]:
         out = sample.call(labelled)
     found = [flow.of(t) for t in flatten_tensors(out)]
     units = torch.from_numpy(graph.units())
+    sums = graph.sums(graph.units())
     free = sorted(set(units.tolist()) - graph.frozen_units(graph.units()).keys())
     generator = torch.Generator().manual_seed(0)
     before = sample.results()
@@ -156,6 +161,17 @@ def check(sample: Sample) -> tuple[list[str], int, set[str]]:
         def closed(i: int, tensor: Tensor) -> Tensor:
             return tensor.index_fill_(sample.axes[i], channels(i), 0) if i in vertices else tensor
 
+        def removed(i: int, tensor: Tensor) -> Tensor:
+            if i not in vertices:
+                return tensor
+            left = sorted(set(range(tensor.shape[sample.axes[i]])) - set(channels(i).tolist()))
+            return tensor.index_select(sample.axes[i], torch.tensor(left, dtype=torch.long))
+
+        if unit in sums:
+            fewer, zeros = sample.results(removed), sample.results(closed)
+            if any(a.shape == b.shape and not bool(equal(a, b).all()) for a, b in zip(fewer, zeros)):
+                wrong.append("a channel that is 0 adds to a sum")
+            continue
         for number, (a, b, labels) in enumerate(zip(before, sample.results(other), found)):
             mine = torch.zeros(a.shape, dtype=torch.bool)
             for array in labels.arrays if labels else ():
@@ -190,7 +206,7 @@ def sweep() -> Sweep:
                 raise TypeError("no float64 on the CPU")
             for sample in samples(op):
                 wrong, units, without = check(sample)
-                if op.name not in UNSPECIFIED:
+                if op.name not in UNSPECIFIED | AVERAGING:
                     result.wrong.setdefault(name, []).extend(f"{line} (axes {sample.axes})" for line in wrong)
                 free += units
                 result.without |= without

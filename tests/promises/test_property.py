@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
-from random_nets import Network, Program, op, programs, run, runs
+from random_nets import Network, Program, kinds, op, programs, run, runs
 from random_nets.modules import Dropping
 from random_nets.spatial import FORMS
 from torch import Tensor, nn
@@ -522,6 +522,17 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     ),
     "a module under two names": (Program((C, op("two_names"), LAST)), ["conv0.conv", "two_names1.conv"]),
     "a layer norm by hand": (Program((C, op("own_norm"), LAST)), FIRST),
+    **{
+        f"{form} over channels": (Program((C, op("added_up", how=form), LAST)), FIRST)
+        for form in kinds.ADDED
+        if form != "counted"
+    },
+    "a sum over channels without a norm ahead": (Program((op("conv"), op("added_up"), LAST)), FIRST),
+    "queries and keys": (Program((C, op("similar"), LAST)), ["conv0.conv", "similar1.q", "similar1.k"]),
+    "normalised queries and keys": (
+        Program((C, op("tokens"), op("similar", norm=True), op("linear"))),
+        ["similar2.q", "similar2.k"],
+    ),
     "a mean that nobody uses": (Program((C, op("unused"), LAST)), FIRST),
     "an LSTM reads it": (Program((C, op("read"), op("linear"))), FIRST),
     "a bidirectional GRU reads it": (Program((C, op("read", form=nn.GRU, both=True), op("linear"))), FIRST),

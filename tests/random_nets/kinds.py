@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,48 @@ class OwnNorm(nn.Module):
 @ingredient()
 def own_norm(x: Value) -> Made:
     return OwnNorm(x.channels) if x.dims == 2 else None
+
+
+ADDED: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "squares": lambda x, dim: x * torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-2),
+    "normalize": lambda x, dim: F.normalize(x, dim=dim, eps=1e-2),
+    "norm": lambda x, dim: x / (1 + x.norm(dim=dim, keepdim=True)),
+    "affine": lambda x, dim: 1 + 2 * F.normalize(x, dim=dim, eps=1e-2),
+    "product": lambda x, dim: x * torch.sigmoid((x * x.relu()).sum(dim, keepdim=True)),
+    "cosine": lambda x, dim: x * F.cosine_similarity(x, x.relu() + 0.1 * x, dim, eps=1e-2).unsqueeze(dim),
+    "counted": lambda x, dim: x / (1 + x.abs().sum(dim, keepdim=True) / x.shape[dim]),
+}
+
+
+@ingredient(often=2, how=st.sampled_from(tuple(ADDED)))
+def added_up(x: Value, *, how: str = "squares") -> Made:
+    """Sums over channels to which those that are 0 add nothing; and one that counts them."""
+    dim = x.dim
+    return Fn(lambda x: ADDED[how](x, dim))
+
+
+class Similar(nn.Module):
+    """Places are mixed by the products of their channels: queries times keys, one head."""
+
+    def __init__(self, channels: int, width: int, last: bool, norm: bool) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(channels, width), nn.Linear(channels, width)
+        self.last, self.norm = last, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x if self.last else x.flatten(2).transpose(1, 2)
+        q, k = self.q(tokens), self.k(tokens)
+        if self.norm:
+            q, k = F.normalize(q, dim=-1, eps=1e-2), F.normalize(k, dim=-1, eps=1e-2)
+        y = (q @ k.transpose(1, 2)).softmax(-1) @ tokens
+        return y if self.last else y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+@ingredient(width=WIDTHS, norm=SOME)
+def similar(x: Value, *, width: int = 8, norm: bool = False) -> Made:
+    if x.kind == "vector" or (x.kind == "map" and math.prod(x.space) > 64):
+        return None
+    return Similar(x.channels, width, x.kind == "tokens", norm)
 
 
 @ingredient(how=st.sampled_from(("mean", "entropy", "attention")))

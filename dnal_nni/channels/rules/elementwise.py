@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ...modules.running import flatten_tensors
-from ..flow import Flow, Operation, Site, axes_of
+from ..flow import Flow, Operation, axes_of
+from ..graph import Site, on_norms
 from .registry import rule
 
 
@@ -30,8 +32,8 @@ def pointwise(flow: Flow, op: Operation) -> None:
 
 
 def _site(op: Operation, arrays: Sequence[Tensor]) -> Site:
-    """Norms that zero the result: for each of its arrays, of one operand that alone does, or of all that carry it."""
-    found: frozenset[str] = frozenset()
+    """What zeroes the result: for each of its arrays, what zeroes one operand that alone does, or all that carry it."""
+    found: frozenset[Any] = frozenset()
     for array in arrays:
         axes = {axis - array.dim() for axis in axes_of(array)}
         carriers = {
@@ -39,9 +41,11 @@ def _site(op: Operation, arrays: Sequence[Tensor]) -> Site:
             for i, x in enumerate(op.labels)
             if x is not None and any(axes & {axis - a.dim() for axis in axes_of(a)} for a in x.arrays)
         }
-        alone = next((site for i, site in carriers.items() if site is not None and op.gives_zero({i})), None)
+        known = [(i, site) for i, site in carriers.items() if site is not None]
+        known.sort(key=lambda carrier: not on_norms(carrier[1]))
+        alone = next((site for i, site in known if op.gives_zero({i})), None)
         if alone is None:
-            sites = [site for site in carriers.values() if site is not None]
+            sites = [site for _, site in known]
             if len(sites) < max(2, len(carriers)) or not op.gives_zero(set(carriers)):
                 return None
             alone = frozenset().union(*sites)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..flow import Flow, Operation, Site, axes_of, compress
+from ..flow import Flow, Operation, axes_of, compress
+from ..graph import Site
 from ..parts import Parts
 from .moving import move
 from .registry import rule

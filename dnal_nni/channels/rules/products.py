@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ...modules.running import flatten_tensors
-from ..flow import Arrays, Flow, Operation, axes_of
+from ..flow import Arrays, Flow, Labels, Operation, axes_of
+from ..graph import on_norms
 from .registry import rule
 
 
 @rule("mm", "addmm", "bmm", "baddbmm")
 def matmul(flow: Flow, op: Operation) -> None:
-    """Matrix products. What is summed over stands or falls as a whole, unless one factor is a bare parameter.
+    """Matrix products. What is summed over goes where it is zeroed, channel by channel, or stands and falls as a whole.
 
     ``x @ parameter`` is a linear layer without a module: its input channels are read, its outputs produced, one by one.
     """
@@ -40,7 +43,7 @@ def matmul(flow: Flow, op: Operation) -> None:
                 flow.graph.freeze(x, flow.why(what))
         if not along_a:
             flow.graph.freeze(reader.ids, flow.why(what))
-    else:
+    elif not _added_up(flow, (la, along_a, summed_a), (lb, along_b, summed_b), what):
         for mine, labels, axis, kept in ((along_a, la, summed_a, others_a), (along_b, lb, summed_b, others_b)):
             if labels is not None:
                 kept += flow.mix(dataclasses.replace(labels, arrays=tuple(mine)), [axis], what)
@@ -56,6 +59,26 @@ def matmul(flow: Flow, op: Operation) -> None:
         operands.append((bias.shape, lbias.arrays if lbias else ()))
     met = flow.meet(operands, what)
     flow.put(op.out, met, None)
+
+
+Factor = tuple[Labels | None, list[Tensor], int]  # its labels, those that vary along the axis, and that axis
+
+
+def _added_up(flow: Flow, a: Factor, b: Factor, what: str) -> bool:
+    """Whether the products of two factors' channels are added up: query times key. Those of one number go together."""
+    (la, along_a, axis_a), (lb, along_b, axis_b) = a, b
+    if la is None or lb is None or not along_a or not along_b:
+        return False
+    site = next((site for site in sorted((la.site, lb.site), key=on_norms, reverse=True) if site is not None), None)
+    lines = [
+        x.reshape(-1) for along, axis in ((along_a, axis_a), (along_b, axis_b)) for x in along if axes_of(x) == (axis,)
+    ]
+    if site is None or len(lines) < len(along_a) + len(along_b):
+        return False
+    for line in lines[1:]:
+        flow.couple(lines[0], line, what)
+    flow.graph.add_up(lines[0], site)
+    return True
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")

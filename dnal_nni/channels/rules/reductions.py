@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from ...modules.running import flatten_tensors
-from ..flow import Flow, Operation
+from ..flow import Flow, Operation, axes_of
 from .registry import rule
 
 # 0 where everything along the axes is
 ZEROS = {"sum", "mean", "nansum", "amax", "amin", "aminmax", "max", "min", "median", "nanmedian", "mode", "norm", "std"}
 ZEROS |= {"linalg_vector_norm", "var", "cumsum", "cumprod", "cummax", "cummin", "sort", "topk", "kthvalue", "prod"}
 ZEROS |= {"fft_r2c", "fft_c2r", "fft_c2c"}
+SUMS = {"sum", "nansum", "norm", "linalg_vector_norm", "any", "count_nonzero"}  # what is 0 adds nothing to
 
 
 def _combine(flow: Flow, op: Operation, axes: Sequence[int]) -> None:
@@ -20,6 +22,11 @@ def _combine(flow: Flow, op: Operation, axes: Sequence[int]) -> None:
         return
     rank = len(labels.shape)
     axes = [axis % rank for axis in axes]
+    if op.name in SUMS and labels.site is not None and float(op.argument("ord", op.argument("p", 2)) or 2) >= 0:
+        for array in labels.arrays:
+            if set(axes_of(array)) <= set(axes):
+                flow.graph.add_up(array, labels.site)
+        labels = dataclasses.replace(labels, arrays=tuple(a for a in labels.arrays if not set(axes_of(a)) <= set(axes)))
     any_number = op.name not in ("topk", "kthvalue")  # of so many
     arrays = flow.mix(labels, axes, f"{op.name} runs over the channels", any_number)
     site = labels.site if op.name in ZEROS else None
