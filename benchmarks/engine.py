@@ -67,8 +67,8 @@ class Net:
             if isinstance(module, AffineGate):
                 index = torch.cat([torch.arange(g.s.numel()) + offsets[id(g)] for g in module.gates])
                 index = torch.cat([index, torch.tensor([total])])[module.index.cpu()]
-                owner, _, name = path.removesuffix(".0").rpartition(".")  # norm.parametrizations, weight
-                self.sites[f"{owner.removesuffix('.parametrizations')}.{name}"] = index.to(device)
+                norm = path.rpartition(".")[0]
+                self.sites |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), index.to(device))
         pruner.unwrap_model()
         self.template = model.to(device, memory_format=torch.channels_last)
         self.trained = {name for name, _ in model.named_parameters()}

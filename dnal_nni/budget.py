@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from .arguments import told_of_names
 from .errors import DNALError
 from .moved import names_of
 
@@ -28,6 +29,7 @@ class Complexity:
     uncounted: tuple[str, ...] = ()
 
 
+@told_of_names
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """What the compressed network may cost. Of several limits, all hold, and the tightest is met.

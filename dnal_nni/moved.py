@@ -33,7 +33,7 @@ _NOW = {
     "gate": ("modules.gates",),
     "graph": ("modules.layers", "channels.graph", "modules.running"),
     "groups": ("channels.groups",),
-    "inject": ("surgery.inject",),
+    "inject": ("surgery.inject", "modules.given"),
     "inspection": ("cli.inspection",),
     "latency": ("cost.latency",),
     "masks": ("plugin.masks",),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .arguments import checked_but, fits, nearest, shown
 from .budget import Budget, Complexity
 from .channels.dependency import Graph
 from .channels.groups import ChannelGroup, Site, groups_of
@@ -17,6 +18,7 @@ from .cost.count import complexity, count
 from .cost.latency import latencies
 from .cost.model import CostModel
 from .errors import DNALError
+from .modules.given import check_model
 from .modules.running import clone
 from .progress import logger, phase
 from .search.close import exact_cut
@@ -28,7 +30,7 @@ from .search.paper import PAPER_LR, PaperScores
 from .search.ranks import check_same, from_first, is_first, world_size
 from .search.scores import REACH, Scores
 from .search.settings import Setting, limits, pools, select
-from .surgery.inject import check_model, check_ungated
+from .surgery.inject import check_ungated
 from .surgery.slim import Keep, slim_copy
 from .surgery.verify import verify_and_freeze
 
@@ -63,6 +65,7 @@ class Plan:
     seconds: float = 0.0
 
     @classmethod
+    @checked_but("model", "budget", "channel_multiple", "graph")
     def of(
         cls,
         model: nn.Module,
@@ -91,7 +94,7 @@ class Plan:
             DNALError: for a model, an input or limits that do not go together, or where nothing can be cut.
         """
         start = time.perf_counter()
-        check_limits(budget, channel_multiple)
+        check_limits(budget, channel_multiple, verify_seconds)
         check_model(model)
         check_ungated(model)
         if selected is None:
@@ -104,7 +107,7 @@ class Plan:
             _verify(mine, groups, dummy_input, verify_seconds)
         active = [group for group in groups if group.frozen is None]
         if not active:
-            reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:5])
+            reasons = "; ".join(f"{g.name or type(model).__name__}: {g.frozen}" for g in groups[:5])
             reasons = reasons or "it has no convolution or linear layer"
             raise DNALError(f"nothing in the model can be pruned ({reasons})")
         timed = budget is not None and budget.latency is not None
@@ -200,10 +203,11 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.preset not in ("default", "paper"):
-            raise DNALError(f"preset={self.preset!r}: choose 'default' or 'paper'")
-        if not isinstance(self.lambda_, (int, float)) or not 0 <= self.lambda_ < float("inf"):
+            near = nearest(str(self.preset), ["default", "paper"])
+            raise DNALError(f"preset={self.preset!r}: choose 'default' or 'paper'{near}")
+        if not fits(self.lambda_, float) or not 0 <= self.lambda_ < float("inf"):
             raise DNALError(f"lambda_={self.lambda_!r}: must be a number >= 0")
-        if self.arch_lr is not None and not 0 <= self.arch_lr < float("inf"):
+        if self.arch_lr is not None and not (fits(self.arch_lr, float) and 0 <= self.arch_lr < float("inf")):
             raise DNALError(f"arch_lr={self.arch_lr!r}: must be a number >= 0, or None for the preset's own")
         if self.importance is not None:
             check_criterion(self.importance)
@@ -230,12 +234,14 @@ class Method:
         return vars(self) | {"importance": None if self.importance is None else type(self.importance).__name__}
 
 
-def check_limits(budget: Any, channel_multiple: Any) -> None:
-    """Raise for what is no budget, or no multiple."""
+def check_limits(budget: Any, channel_multiple: Any, verify_seconds: Any) -> None:
+    """Raise for what is no budget, no multiple, or no time."""
     if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
-        raise DNALError(f"channel_multiple={channel_multiple!r}: must be a whole number >= 1")
+        raise DNALError(f"channel_multiple={shown(channel_multiple)}: must be a whole number >= 1")
     if budget is not None and not isinstance(budget, Budget):
-        raise DNALError(f"budget={budget!r}: pass a Budget, for example Budget(flops=0.5)")
+        raise DNALError(f"budget={shown(budget)}: pass a Budget, for example Budget(flops=0.5)")
+    if not isinstance(verify_seconds, (int, float)) or isinstance(verify_seconds, bool) or not verify_seconds > 0:
+        raise DNALError(f"verify_seconds={shown(verify_seconds)}: give a number above 0")
 
 
 def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked, checked_but, shown
 from .channels.tp_groups import dependency_groups
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
+from .modules.given import check_model
 from .outcome import reported
 from .plan import Method, Plan
 from .progress import logger, phase
@@ -31,10 +33,10 @@ from .search.criteria import Criterion, Loss, criterion_scores
 from .search.loop import Search
 from .search.paper import PAPER_THRESHOLD
 from .search.ranks import from_first, is_first
-from .storage.state import load_state, save_state
+from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
-from .surgery.inject import attach, check_ungated, detach, is_gated
-from .surgery.optimizer import carry_optimizer
+from .surgery.inject import attach, check_layers, check_members, check_ungated, detach, is_gated, layers_of
+from .surgery.optimizer import carry_optimizer, check_optimizer
 from .surgery.slim import every_group
 
 if TYPE_CHECKING:
@@ -61,8 +63,11 @@ class Session:
         DNALError: the model has gates already.
     """
 
+    @checked_but("model")
     def __init__(self, model: nn.Module, plan: Plan, method: Method | None = None) -> None:
+        check_model(model)
         check_ungated(model)
+        check_members(model, plan.active)
         self.model, self.plan, self.method = model, plan, method or Method()
         device = next(model.parameters()).device
         self.gates = OrderedDict((g.name, ScaledSigmoidGate(g.channels).to(device)) for g in plan.active)
@@ -72,6 +77,7 @@ class Session:
         self._report: Report | None = None
         self.seconds = {"build": plan.seconds}
         self.attach()
+        self._layers = layers_of(model, plan.active)
 
     def attach(self) -> None:
         """Put the gates on the model, if they are not."""
@@ -86,6 +92,7 @@ class Session:
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
+    @checked_but("steps")
     def search(
         self,
         steps: int,
@@ -102,12 +109,14 @@ class Session:
             weights_learn: whether they do, where somebody else steps their optimizer.
             progress: show a progress bar.
         """
-        if optimizer is not None:
-            known = {id(p) for p in self.model.parameters()}
-            if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-                raise DNALError("search(optimizer=...): this optimizer holds no parameter of the model")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise DNALError(f"search(steps={steps!r}): must be a whole number >= 1")
+            said = shown(steps)
+            raise DNALError(f"search(steps={said}): must be a whole number >= 1, how many batches you will give it")
+        if self.last is not None and self.last.running:
+            raise DNALError("a search of this model is under way: leave its `with` ahead of another one")
+        if optimizer is not None:
+            check_optimizer(optimizer, self.model)
+        check_layers(self.model, self.plan.active, self._layers)
         self.attach()
         search = Search(
             self.model,
@@ -127,6 +136,7 @@ class Session:
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
+    @checked
     def harden(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Fix every gate to 0 or 1; the model then computes the hard-gated function.
 
@@ -136,6 +146,7 @@ class Session:
         Returns:
             by group name, bool ``[channels]``: what stays, of all groups that have a gate.
         """
+        check_layers(self.model, self.plan.active, self._layers)
         if keep is None:
             if self.last is None or self.last.done == 0:
                 raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")
@@ -154,6 +165,7 @@ class Session:
         self.keep, self._report = chosen, None
         return chosen
 
+    @checked
     def choose(
         self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
     ) -> dict[str, Tensor]:
@@ -211,6 +223,7 @@ class Session:
         """
         return dependency_groups(self.model, self.plan.active)
 
+    @checked
     def carry_optimizer(self, optimizer: torch.optim.Optimizer, slim: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model`` as one of the cut network: its momentum is cut with the weights.
 
@@ -257,17 +270,18 @@ class Session:
             "search": self.last.state_dict() if self.last is not None else None,
             "keep": self.keep,
             "latency": cost.latency_state() if cost.dense.latency is not None else None,
-            "settings": self._settings(),
+            "settings": self.settings(),
         }
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What must be the same where a search goes on."""
         budget = None if self.plan.budget is None else self.plan.budget.limits
         return {"budget": budget, **self.method.settings(), "channel_multiple": self.plan.channel_multiple}
 
+    @checked_but("state")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a search where :meth:`state_dict` left it: the next ``search(steps)`` goes on from there."""
-        self._check_state(state)
+        _check_state(self, state)
         if state.get("latency") is not None:
             self.plan = self.plan.with_latencies(state["latency"])
         with torch.no_grad():
@@ -279,25 +293,7 @@ class Session:
                 gate.state = GateState(values["state"])
         self._resume, self.keep = state["search"], state["keep"]
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if not isinstance(state, Mapping) or not {"gates", "search", "keep"} <= state.keys():
-            raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
-        mine, theirs = self._settings(), state.get("settings", {})
-        for name, value in theirs.items():
-            if value != mine.get(name):
-                raise DNALError(
-                    f"load_state_dict: the search ran with {name}={value!r}, here it is {mine.get(name)!r}: make the "
-                    "pruner as it was, or start anew"
-                )
-        gates = state["gates"]
-        if list(gates) != list(self.gates):
-            different = sorted(set(gates) ^ set(self.gates)) or ["their order"]
-            raise DNALError(f"load_state_dict: the gates are not those of this model ({different[0]})")
-        for name, values in gates.items():
-            here = self.gates[name].s.numel()
-            if tuple(values["s"].shape) != (here,):
-                raise DNALError(f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {here}")
-
+    @checked
     def save_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write all that a search under way needs to go on: model, gates, torch's random state and the optimizer's.
 
@@ -313,6 +309,7 @@ class Session:
         state = {"model": self.model.state_dict(), "pruner": self.state_dict()}
         save_state(path, state | {"optimizer": None if optimizer is None else optimizer.state_dict()})
 
+    @checked
     def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take up a search where :meth:`save_checkpoint` left it: the next ``search(steps)`` goes on from there.
 
@@ -327,12 +324,13 @@ class Session:
         state = load_state(path)
         if not isinstance(state, dict) or state.keys() != {"model", "pruner", "optimizer"}:
             raise DNALError(f"{path} was not written by save_checkpoint")
-        own, theirs = self.model.state_dict(), state["model"]
+        own = self.model.state_dict()
+        theirs = under_own_names(state["model"], own)
         for name in [*own, *theirs]:
             shapes = [list(t[name].shape) if isinstance(t.get(name), Tensor) else None for t in (own, theirs)]
             if shapes[0] != shapes[1]:
                 raise DNALError(f"{path} does not fit the model: {name} is {shapes[1]}, the model's is {shapes[0]}")
-        self._check_state(state["pruner"])
+        _check_state(self, state["pruner"])
         if (optimizer is None) != (state["optimizer"] is None):
             missing = "needs the optimizer that the search had" if optimizer is None else "holds no optimizer"
             raise DNALError(f"{path} {missing}: load_checkpoint(path, optimizer) and save_checkpoint alike")
@@ -343,6 +341,27 @@ class Session:
                 raise DNALError(f"{path} does not fit the optimizer: {error}") from error
         self.model.load_state_dict(theirs)
         self.load_state_dict(state["pruner"])
+
+
+def _check_state(session: Session, state: Mapping[str, Any]) -> None:
+    """Raise for what is no state of this session."""
+    if not isinstance(state, Mapping) or not {"gates", "search", "keep"} <= state.keys():
+        raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
+    mine, theirs = session.settings(), state.get("settings", {})
+    for name, value in theirs.items():
+        if value != mine.get(name):
+            raise DNALError(
+                f"load_state_dict: the search ran with {name}={value!r}, here it is {mine.get(name)!r}: make the "
+                "pruner as it was, or start anew"
+            )
+    gates = state["gates"]
+    if list(gates) != list(session.gates):
+        different = sorted(set(gates) ^ set(session.gates)) or ["their order"]
+        raise DNALError(f"load_state_dict: the gates are not those of this model ({different[0]})")
+    for name, values in gates.items():
+        here = session.gates[name].s.numel()
+        if tuple(values["s"].shape) != (here,):
+            raise DNALError(f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {here}")
 
 
 def _learned(session: Session, search: Search) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from ..errors import DNALError
 from ..modules.adapters import adapt
 from ..modules.choices import choices_of
 from ..modules.layers import Norm, Side
-from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, rejected, seeded, twin
 from .dependency import Dependencies, Graph
 from .graph import Site as GraphSite
 from .graph import Vertex, VertexKey, on_norms
@@ -144,14 +144,20 @@ def trace(model: nn.Module, dummy_input: Any) -> Trace:
     It is a twin that runs, with the parameters of ``model``.
 
     Raises:
-        DNALError: the model returns nothing but NaN and infinity.
+        DNALError: the model returns no tensor, or nothing but NaN and infinity.
     """
     model = twin(model)
     adapt(model)
     result = Trace(model)
     with seeded(model):
         model.eval()
-        returned = [out for out in result.run(dummy_input) if out.numel()]
+        tensors = result.run(dummy_input)
+        if not tensors:
+            raise DNALError(
+                "no tensor is found in what the model returns, so that there is nothing to compare a cut network by: "
+                "give outputs=f, a function from what it returns to its tensors"
+            )
+        returned = [out for out in tensors if out.numel()]
         if returned and not any(bool(out.isfinite().any()) for out in returned):
             raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
         model.train()
@@ -254,9 +260,7 @@ def groups_of(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list[C
             with torch.no_grad():
                 call(twin(model).eval(), dummy_input)
         except FORWARD_ERRORS as own:
-            what = f" of shape {tuple(dummy_input.shape)}" if isinstance(dummy_input, Tensor) else ""
-            why = next(iter(str(own).splitlines()), type(own).__name__)
-            raise DNALError(f"the model rejects the dummy_input{what}: {why}") from own
+            raise DNALError(rejected(dummy_input, own)) from own
         raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
 
 

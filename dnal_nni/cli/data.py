@@ -136,6 +136,8 @@ def _folders(folder: Path, settings: Settings) -> Data:
             test = copy.copy(train)
             test.transform = plain
             held = set(range(0, len(train), HELD_OUT))
+            if len(held) == len(train):
+                raise DNALError(f"{folder} has {len(train)} image, which is held out to test on: give more to train on")
             train, test = Subset(train, [i for i in range(len(train)) if i not in held]), Subset(test, sorted(held))
     more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
     notes = [f"left out, since unreadable: {', '.join(unreadable[:3])}{more}"] if unreadable else []

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import checked_but
 from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup, find_groups
 from ..cost.count import flops_by_module
 from ..errors import told
+from ..modules.given import check_model
 from ..modules.layers import layer_of
 from ..modules.running import FORWARD_ERRORS, call, clone
 from ..report.tables import table
@@ -110,6 +112,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+@checked_but("model", "graph")
 def inspect(
     model: nn.Module, dummy_input: Any, target: str = "", verify_seconds: float = 60.0, graph: Graph = None
 ) -> Inspection:
@@ -130,6 +133,7 @@ def inspect(
         DNALError: where the model does not run on the input, or cannot be traced or counted.
     """
     target = target or type(model).__name__
+    check_model(model)
     start = time.perf_counter()
     shapes = " and ".join(str(tuple(x.shape)) for x in _as_tuple(dummy_input))
     with told(f"{target} rejects an input of shape {shapes}", FORWARD_ERRORS), torch.no_grad():

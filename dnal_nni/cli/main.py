@@ -209,9 +209,14 @@ def _config(path: Path) -> dict[str, Any]:
     """The options in a file."""
     if path.suffix == ".toml" and sys.version_info < (3, 11):
         raise DNALError(f"{path}: TOML needs Python 3.11; write the same as JSON")
-    with told(f"{path} cannot be read", (OSError, ValueError, RecursionError)):
-        read = importlib.import_module("tomllib") if path.suffix == ".toml" else json
-        options = read.loads(path.read_text())
+    kind = "TOML" if path.suffix == ".toml" else "JSON"
+    with told(f"{path} cannot be read", OSError):
+        data = path.read_bytes()
+    try:
+        options = importlib.import_module("tomllib" if kind == "TOML" else "json").loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        raise DNALError(f"{path} is no {kind}{f': see its line {line}' if line else ''}") from error
     if not isinstance(options, dict):
         raise DNALError(f'{path} holds no options: write for example {{"flops": 0.5}}')
     return {name.replace("-", "_"): value for name, value in options.items()}

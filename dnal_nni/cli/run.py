@@ -30,7 +30,7 @@ from ..progress import logger, phase
 from ..report.record import Report
 from ..storage.compressed import load_compressed, save_compressed
 from ..storage.reports import REPORT, read_report
-from ..storage.state import load_state, save_state
+from ..storage.state import load_state, save_state, under_own_names
 from ..storage.whole import write_whole
 from .data import each, loaders
 from .settings import Settings
@@ -194,7 +194,7 @@ class Run:
         limits, graph = settings.budget(), settings.graph
         pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=limits, graph=graph)
         if state["epoch"] > 0:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(under_own_names(state["model"], model.state_dict()))
             optimizer.load_state_dict(state["optimizer"])
             pruner.load_state_dict(state["pruner"])
         seconds = state["seconds"]

@@ -189,4 +189,8 @@ class Settings(Options):
 
     def budget(self) -> Budget:
         """What the network may cost in the end."""
-        return Budget(flops=self.flops, params=self.params, latency=self.latency)
+        try:
+            return Budget(flops=self.flops, params=self.params, latency=self.latency)
+        except DNALError as error:  # as it was typed
+            typed = " ".join(f"--{name} {value:.15g}" for name in LIMITS if (value := getattr(self, name)) is not None)
+            raise DNALError(f"{typed}: {str(error).partition(': ')[2]}") from error

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..arguments import checked
 from ..budget import Complexity
 from ..errors import DNALError
 from ..modules.adapters import adapt
-from ..modules.running import FORWARD_ERRORS, Example, call, clone, flatten_tensors, raised_in, twin
+from ..modules.running import FORWARD_ERRORS, Example, call, clone, flatten_tensors, raised_in, rejected, twin
 from ..surgery.inject import detach
 
 with warnings.catch_warnings():
@@ -140,6 +141,8 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
         try:
             return _count(traced, missed, stubbed)
         except FORWARD_ERRORS as error:
+            if not stubbed:
+                _check_runs(model, dummy_input)
             culprit = raised_in(error, torch_too=True)
             path = next((name for name, module in model.named_modules() if module is culprit), "")
             if not path or path in stubbed or next(model.get_submodule(path).parameters(), None) is not None:
@@ -151,6 +154,15 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
                 ) from error
             stubbed.append(path)  # without parameters: it is passed over, and what it returns is taken from a run
             _stub(traced, path)
+
+
+def _check_runs(model: nn.Module, dummy_input: Any) -> None:
+    """Raise where the model itself does not run on the input."""
+    try:
+        with torch.no_grad():
+            call(model, dummy_input)
+    except FORWARD_ERRORS as error:
+        raise DNALError(rejected(dummy_input, error)) from error
 
 
 def _count(traced: _Traced, missed: set[str], stubbed: list[str]) -> Count:
@@ -246,6 +258,7 @@ def flops_by_module(model: nn.Module, dummy_input: Any) -> dict[str, int]:
     return count(model, dummy_input).flops
 
 
+@checked
 def measure(model: nn.Module, dummy_input: Any) -> Complexity:
     """Count ``model`` with fvcore, in eval mode, on a copy. Gates are taken off first: they cost nothing once cut.
 

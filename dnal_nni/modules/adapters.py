@@ -6,6 +6,7 @@ from torch import nn
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from ..arguments import checked
 from ..errors import DNALError
 from .attention import (
     SlimMultiheadAttention,
@@ -26,6 +27,7 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+@checked
 def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) -> None:
     """Let every module of class ``original`` run as ``replacement`` while it is gated, and once it is cut.
 

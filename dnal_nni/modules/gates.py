@@ -115,7 +115,7 @@ class ChannelFactor(nn.Module):
 
 
 class AffineGate(ChannelFactor):
-    """Parametrization of a norm's weight or bias: ``g * norm(x)`` at no cost in activation memory."""
+    """Multiplies a norm's weight and bias: ``g * norm(x)`` at no cost in activation memory."""
 
     def forward(self, affine: Tensor) -> Tensor:
         factor = self.factor()
@@ -123,16 +123,15 @@ class AffineGate(ChannelFactor):
 
 
 class WeightGate(AffineGate):
-    """Parametrization of a weight that a function computes with, along its input channels: gates what arrives there.
+    """Multiplies a weight that a function computes with, along its input channels: gates what arrives there.
 
     Args:
         dim: the dimension of the input channels.
-        order: the names of the parameters of the module, in their order.
     """
 
-    def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, dim: int, order: Sequence[str]) -> None:
+    def __init__(self, gates: Sequence[ScaledSigmoidGate], index: Tensor, dim: int) -> None:
         super().__init__(gates, index)
-        self.dim, self.order = dim, tuple(order)
+        self.dim = dim
 
     def forward(self, weight: Tensor) -> Tensor:
         factor = self.factor()
@@ -192,7 +191,7 @@ class StatisticsGate(ChannelFactor):
         if getattr(norm, "bias", None) is not None:
             y = y + norm.bias.to(y.dtype)
         y = y.movedim(-1, self.axis).to(out.dtype)
-        for name, child in norm.named_children():  # timm's norms hold the dropout and activation that follow
-            if child is not self and name != "parametrizations":
+        for child in norm.children():  # timm's norms hold the dropout and activation that follow
+            if not isinstance(child, ChannelFactor):
                 y = child(y)
         return y

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from ..arguments import checked_but
 from ..errors import DNALError
 from .functions import FunctionLayer, PruningFunctions
 from .layers import Layer, Side, kinds, set_kind
@@ -13,6 +14,7 @@ from .layers import Layer, Side, kinds, set_kind
 _FUNCTIONS = ("prune_out_channels", "prune_in_channels", "get_out_channels", "get_in_channels")
 
 
+@checked_but("kind", "functions")
 def register_layer(
     kind: type[nn.Module],
     tensors: Mapping[str, Mapping[Side, int]] | None = None,

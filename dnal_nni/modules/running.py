@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..errors import DNALError
 from .copies import deep_copy
 
@@ -93,6 +94,27 @@ def call(model: nn.Module, dummy_input: Any) -> Any:
     if isinstance(dummy_input, (list, tuple)):
         return model(*dummy_input)
     return model(dummy_input)
+
+
+def rejected(dummy_input: Any, error: Exception) -> str:
+    """Why a model does not run on an input, and what else to give."""
+    inputs = dummy_input.inputs if isinstance(dummy_input, Example) else dummy_input
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    several = isinstance(parts, (list, tuple))
+    if next(flatten_tensors(inputs), None) is None and not (several and len(parts) == 0):
+        hint = ", torch.from_numpy(...)" if type(inputs).__module__ == "numpy" else ", such as one batch of your images"
+        return f"the dummy_input is {shown(inputs)}, and has no tensor in it: give what your model takes{hint}"
+    what = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
+    why = next(iter(str(error).splitlines()), type(error).__name__)
+    if several:
+        names = list(inputs) if isinstance(inputs, Mapping) else [None] * len(parts)
+        said = [f"{name}=" if name else "" for name in names]
+        what = f" ({', '.join(name + shown(part) for name, part in zip(said, parts))})"
+        kind = "a dict holds the keyword arguments" if isinstance(inputs, Mapping) else "a tuple holds the arguments"
+        why += f"; {kind} of forward(), without labels"
+    elif isinstance(inputs, Tensor) and "orward()" not in why:
+        what += f", {str(inputs.dtype).removeprefix('torch.')}, on {inputs.device}"
+    return f"the model rejects the dummy_input{what}: {why}"
 
 
 @contextmanager

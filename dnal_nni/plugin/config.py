@@ -10,6 +10,7 @@ from nni.compression.base.config import select_modules_by_config, trans_legacy_c
 from nni.compression.base.setting import PruningSetting
 from torch import nn
 
+from ..arguments import nearest, shown
 from ..errors import DNALError
 from ..modules.layers import layer_of
 from ..search.settings import VALUES, Setting
@@ -35,13 +36,14 @@ WHY_NOT = {
 def check_config(model: nn.Module, config_list: Any) -> None:
     """Raise for a ``config_list`` that NNI would refuse without saying why, or that would select nothing."""
     if not isinstance(config_list, Sequence) or isinstance(config_list, str) or not config_list:
-        raise DNALError(f"config_list={config_list!r}: give a list of dicts, for example [{{'op_types': ['Conv2d']}}]")
+        example = "[{'op_types': ['Conv2d']}]"
+        raise DNALError(f"config_list={shown(config_list)}: give a list of dicts, for example {example}")
     names = {name for name, _ in model.named_modules()}
     types = {c.__name__ for module in model.modules() for c in type(module).__mro__}
     for i, config in enumerate(config_list):
         where = f"config_list[{i}]"
         if not isinstance(config, Mapping):
-            raise DNALError(f"{where} is a {type(config).__name__}, not a dict")
+            raise DNALError(f"{where} is {shown(config)}: give a dict, for example {{'op_types': ['Conv2d']}}")
         _check_values(where, config, [*SELECT, *LEGACY, *VALUES, *GIVEN, "target_names", "target_settings"])
         _check_forms(where, config)
         if not {"op_types", "op_names", "op_names_re", "op_partial_names"} & set(config):
@@ -49,12 +51,14 @@ def check_config(model: nn.Module, config_list: Any) -> None:
         for key in ("op_names", "exclude_op_names"):
             for name in config.get(key, ()):
                 if name not in names:
-                    raise DNALError(
-                        f"{where}: the model has no layer {name!r} ({key}); see [n for n, _ in model.named_modules()]"
-                    )
+                    see = nearest(name, names - {""}) or "; see [n for n, _ in model.named_modules()]"
+                    raise DNALError(f"{where}: the model has no layer {name!r} ({key}){see}")
         missing = [name for name in config.get("op_types", ()) if name not in types]
         if missing and len(missing) == len(config["op_types"]):  # else it selects something, as NNI's examples do
-            raise DNALError(f"{where}: the model has no layer of type {' or '.join(map(repr, missing))} (op_types)")
+            near = nearest(missing[0], sorted(types))
+            raise DNALError(
+                f"{where}: the model has no layer of type {' or '.join(map(repr, missing))} (op_types){near}"
+            )
         targets = config.get("target_names", ["weight"])
         settings = config.get("target_settings", {})
         for target in [*targets, *settings]:
@@ -72,7 +76,8 @@ def _check_forms(where: str, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key in (*SELECT, "op_partial_names", "target_names"):
             if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
-                raise DNALError(f"{where}: {key}={value!r} must be a list of names, for example ['conv1']")
+                example = "Conv2d" if key.endswith("types") else "conv.*" if key.endswith("re") else "conv1"
+                raise DNALError(f"{where}: {key}={shown(value)} must be a list of names, for example [{example!r}]")
         elif key == "target_settings":
             if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
                 raise DNALError(f"{where}: {key}={value!r} must be a dict of dicts, as {{'weight': {{...}}}}")
@@ -92,8 +97,9 @@ def _check_forms(where: str, config: Mapping[str, Any]) -> None:
 def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str]) -> None:
     for key, value in config.items():
         if key not in supported:
-            reason = WHY_NOT.get(key, f"use {', '.join(sorted(set(supported) - set(LEGACY)))}")
-            raise DNALError(f"{where}: key {key!r} is not supported; {reason}")
+            reason = WHY_NOT.get(str(key), f"use {', '.join(sorted(set(supported) - set(LEGACY)))}")
+            near = "" if key in WHY_NOT else nearest(str(key), supported)
+            raise DNALError(f"{where}: key {key!r} is not supported{near or f'; {reason}'}")
         if value is None:
             continue
         fraction = isinstance(value, float) and 0 <= value <= 1
@@ -106,6 +112,9 @@ def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str
         given = GIVEN.get(key)
         if given is not None and value not in given:
             raise DNALError(f"{where}: {key}={value!r} is not supported; use {' or '.join(map(repr, given))}")
+    low, high = config.get("min_sparse_ratio"), config.get("max_sparse_ratio")
+    if low is not None and high is not None and low > high:
+        raise DNALError(f"{where}: min_sparse_ratio={low} is above max_sparse_ratio={high}: exchange them")
     if config.get("sparse_ratio") is not None and config.get("sparse_threshold") is not None:
         raise DNALError(f"{where}: give sparse_ratio or sparse_threshold, not both")
 
@@ -121,6 +130,9 @@ def split_config(
 
     Returns:
         NNI's config_list, and the setting by module name; where several entries name a layer, the first one holds.
+
+    Raises:
+        DNALError: nothing is selected.
     """
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     lineage = {type(m).__name__: [c.__name__ for c in type(m).__mro__] for m in owners}
@@ -140,4 +152,8 @@ def split_config(
         setting = Setting(**{key: values.get(key) for key in VALUES})
         for name in select_modules_by_config(model, wide)[0]:
             selected.setdefault(name, setting)
+    if not selected:
+        raise DNALError(
+            f"config_list={shown(config_list)} selects no layer of the model: widen op_types, or exclude less"
+        )
     return for_nni, selected

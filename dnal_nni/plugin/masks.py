@@ -13,17 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_but, shown
 from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup, Member, groups_of
 from ..cost.count import complexity, count
 from ..cost.sizes import layer_flops, tensor_bytes
 from ..errors import DNALError
+from ..modules.given import check_model
 from ..modules.layers import Conv, layer_of
 from ..modules.running import clone
 from ..report.record import GroupReport, Report
 from ..search.importance import importance
 from ..surgery.compare import check_equal, difference
-from ..surgery.inject import check_model, detach
+from ..surgery.inject import detach
 from ..surgery.slim import Keep, slim_copy
 from ..surgery.verify import hard_gated_copy, verify_and_freeze
 
@@ -38,6 +40,7 @@ REPORT = "dnal_report"
 _logger = logging.getLogger(__name__)
 
 
+@checked_but("model", "masks", "conflicts", "graph")
 def speedup(
     model: nn.Module,
     masks: Masks,
@@ -131,7 +134,9 @@ def closed_channels(model: nn.Module, masks: Masks) -> dict[tuple[str, str], Ten
     A norm has the side "out" only.
     """
     if not isinstance(masks, Mapping) or not all(isinstance(targets, Mapping) for targets in masks.values()):
-        raise DNALError("masks must be what an NNI pruner's compress() returns: {layer: {'weight': mask}}")
+        raise DNALError(
+            f"masks={shown(masks)}: give what an NNI pruner's compress() returns, {{layer: {{'weight': mask}}}}"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))  # NNI names a shared layer by each of its names
     closed: dict[tuple[str, str], Tensor] = {}
     for path, targets in masks.items():

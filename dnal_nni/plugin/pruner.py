@@ -14,18 +14,20 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
+from ..arguments import checked, checked_but
 from ..budget import Budget
 from ..channels.dependency import Graph
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.gates import ScaledSigmoidGate
+from ..modules.given import check_model
 from ..modules.running import Example, Key
 from ..plan import Method, Plan, check_limits
 from ..report.record import Report
 from ..search.criteria import Criterion, Loss
 from ..search.loop import Search
 from ..session import Session
-from ..surgery.inject import check_model, check_ungated, is_gated
+from ..surgery.inject import check_ungated, is_gated
 from . import config as selection
 from .evaluators import check_evaluator, example_input, search_within
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
@@ -67,8 +69,7 @@ class DNALPruner(Pruner):
             detector returns beside its predictions.
         budget: what the compressed network may cost. With neither a budget nor a sparse_ratio, ``lambda_`` alone drives
             the search, as in the paper.
-        preset: "default", or "paper" for the equations and the schedule of arXiv 2103.02126; with a budget, the
-            paper's search is cut to that budget.
+        preset: "default", or "paper": equations and schedule of arXiv 2103.02126, cut to the budget if there is one.
         lambda_: weight of the paper's regulariser ``sum sigmoid(s)``.
         arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
             score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
@@ -86,6 +87,7 @@ class DNALPruner(Pruner):
         DNALError: for anything the caller can mend; the model is then as it was.
     """
 
+    @checked_but(*"model config_list evaluator budget preset lambda_ arch_lr channel_multiple graph importance".split())
     def __init__(
         self,
         model: nn.Module,
@@ -105,7 +107,7 @@ class DNALPruner(Pruner):
         existed_wrappers: dict[str, Any] | None = None,
     ) -> None:
         method = Method(preset, lambda_, arch_lr, importance)
-        check_limits(budget, channel_multiple)
+        check_limits(budget, channel_multiple, verify_seconds)
         check_model(model)
         check_ungated(model)
         selection.check_config(model, config_list)
@@ -117,8 +119,6 @@ class DNALPruner(Pruner):
             super().__init__(model, for_nni, evaluator)
         except (AssertionError, KeyError, SchemaError) as error:
             raise DNALError(f"NNI refuses the config_list: {str(error) or type(error).__name__}") from error
-        if not selected:
-            raise DNALError("config_list selects no layer of the model: widen op_types / op_names, or exclude less")
         self.budget, self.preset, self.lambda_, self.verify_seconds = budget, preset, lambda_, verify_seconds
         self.arch_lr, self.channel_multiple = arch_lr, channel_multiple
         # NNI's own wrappers of our layers only hold masks and are never put on the model, by nobody
@@ -203,6 +203,7 @@ class DNALPruner(Pruner):
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
+    @checked_but("steps")
     def search(self, steps: int, *, optimizer: torch.optim.Optimizer | None = None, progress: bool = True) -> Search:
         """A search inside of your own training loop; call ``step(loss)`` on what it yields, once per batch.
 
@@ -218,6 +219,7 @@ class DNALPruner(Pruner):
 
     # -- NNI's contract -----------------------------------------------------------------------------------------------
 
+    @checked
     def compress(
         self, max_steps: int | None = None, max_epochs: int | None = None
     ) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:

@@ -27,7 +27,7 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
 def plain_names(model: nn.Module) -> dict[str, str]:
     """Names of the parameters of the plain model -> in the model as it is."""
     return {
-        name.replace("_nni_wrapper.", "").replace(".parametrizations", "").removesuffix(".original"): name
+        name.replace("_nni_wrapper.", ""): name
         for name, _ in model.named_parameters()
     }
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DNALError
+from ..errors import DNALError, reason, told
 
 if TYPE_CHECKING:
     from .record import Report
@@ -30,8 +30,8 @@ def plot_widths(report: Report, path: str | os.PathLike[str]) -> None:
     figure.legend(loc="outside upper right", ncols=2)
     try:
         figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise DNALError(f"{path} cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a ValueError: of a format that is none
+        raise DNALError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def write_events(report: Report, folder: str | os.PathLike[str]) -> None:
@@ -42,7 +42,8 @@ def write_events(report: Report, folder: str | os.PathLike[str]) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError as error:
         raise DNALError("to_tensorboard needs tensorboard: pip install tensorboard") from error
-    writer = EventFileWriter(os.fspath(folder))
+    with told(f"{folder} cannot be written", OSError):
+        writer = EventFileWriter(os.fspath(folder))
     for entry in report.history:
         values = [
             Summary.Value(tag=f"search/{name}", simple_value=entry[name])

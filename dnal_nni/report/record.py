@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import json
 import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from ..arguments import checked, fits, shown, words
 from ..budget import Complexity
 from ..errors import DNALError
 from .tables import table
@@ -97,10 +99,14 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PAIRS and value is not None:
-            value = tuple(value) if isinstance(value, list) else value  # as JSON has it
-            if not _fits(value, tuple[float, float]):
-                raise DNALError(f"report.{name} is {value!r}: give two numbers, (before, after)")
+        if name in _PAIRS and isinstance(value, list):
+            value = tuple(value)  # as JSON has it
+        kind = _kinds().get(name)
+        if kind is None and (close := difflib.get_close_matches(name, _kinds(), 1, 0.8)):
+            raise DNALError(f"a report has no {name}: did you mean {close[0]}?")
+        if kind is not None and not fits(value, kind):
+            wanted = "two numbers, (before, after)" if name in _PAIRS else words(kind)
+            raise DNALError(f"report.{name} is {shown(value)}: give {wanted}")
         super().__setattr__(name, value)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -177,14 +183,14 @@ class Report:
             values["groups"] = [GroupReport(**group) for group in values["groups"]]
             values["layer_flops"] = {name: tuple(pair) for name, pair in values.get("layer_flops", {}).items()}
             report = cls(**values)
+        except DNALError as error:
+            raise DNALError(f"this is no report of dnal_nni: {error}") from error
         except KeyError as error:
             raise DNALError(f"this is no report of dnal_nni: it has no {error}") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise DNALError("this is no report of dnal_nni: its values are not of the right form") from error
-        for name, kind in get_type_hints(cls).items():
-            value = getattr(report, name)
-            if not _fits(value, kind) or name == "history" and not all(map(_is_moment, value)):
-                raise DNALError(f"this is no report of dnal_nni: its {name} is not of the right form")
+        if not all(map(_is_moment, report.history)):
+            raise DNALError("this is no report of dnal_nni: its history is not of the right form")
         return report
 
     def to_html(self) -> str:
@@ -198,12 +204,14 @@ class Report:
 
         return fragment(self)
 
+    @checked
     def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
         """The history as scalars and gate histograms for TensorBoard (needs tensorboard)."""
         from .pictures import write_events
 
         write_events(self, folder)
 
+    @checked
     def plot_widths(self, path: str | os.PathLike[str]) -> None:
         """Bars of every group's width before and after, as a picture (needs matplotlib)."""
         from .pictures import plot_widths
@@ -211,28 +219,16 @@ class Report:
         plot_widths(self, path)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of the type that an annotation says."""
-    parts = get_args(kind)
-    if get_origin(kind) in (UnionType, Union):
-        return any(_fits(value, part) for part in parts)
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(entry, parts[0]) for entry in value)
-    if get_origin(kind) is tuple and isinstance(value, tuple):
-        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return isinstance(value, kind) and all(_fits(vars(value)[k], part) for k, part in get_type_hints(kind).items())
-    kind = {float: (int, float), Any: object}.get(kind, get_origin(kind) or kind)
-    return isinstance(value, kind) and (kind is object or not isinstance(value, bool))
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """The type of every field of a report."""
+    return get_type_hints(Report)
 
 
 def _is_moment(entry: dict[str, Any]) -> bool:
     """Whether this is an entry of the history."""
-    numbers = all(_fits(entry.get(name), float | None) for name in ("delta", "cost", "loss"))
-    return numbers and _fits(entry.get("step"), int) and _fits(entry.get("gates"), list[int] | None)
+    numbers = all(fits(entry.get(name), float | None) for name in ("delta", "cost", "loss"))
+    return numbers and fits(entry.get("step"), int) and fits(entry.get("gates"), list[int] | None)
 
 
 def versions() -> dict[str, str]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arguments import checked_but
 from ..errors import DNALError
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..progress import logger
-from ..surgery.inject import ungated
 from .leaves import Leaves, factors_of
+from .losses import check_loss, told_of_backward
 from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
 
 BINS = 20  # of the gates' histogram in the history
@@ -82,6 +83,7 @@ class Search:
 
     Attributes:
         steps: planned number of calls of :meth:`step`.
+        running: whether it has been entered, and not left.
         done: how many have been made.
         history: of the report.
         seconds: what it took, once it has ended.
@@ -102,6 +104,8 @@ class Search:
         self.done = 0
         self.history: list[dict[str, Any]] = []
         self.seconds: float | None = None
+        self.running = False
+        self._said = False  # that it is over
         self._reached = False  # whether a gradient has come to a gate
         self._loss: Tensor | None = None
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=scores.value.device)
@@ -122,6 +126,8 @@ class Search:
 
     def start(self) -> None:
         """Let the gates act, softly, and the weights learn or stand still; what entering the context does."""
+        if self.running:
+            raise DNALError("this search is under way already: enter it once")
         self._started = time.perf_counter()
         if world_size() > 1:
             settings = (self.steps, self.done, self.weights_learn, self.scores.lambda_, checksum(self.model))
@@ -131,7 +137,7 @@ class Search:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:
-            self.saved = {ungated(name): tensor.detach().clone() for name, tensor in self._tensors()}
+            self.saved = {name: tensor.detach().clone() for name, tensor in self._tensors()}
         logger.info(
             "searching, %d steps: cost is the network's with every channel counted by its gate, as a fraction of the "
             "dense one's; delta is how sharp the gates are, 0/1 at the end",
@@ -146,9 +152,11 @@ class Search:
         self._freeze()
         for device, state in self._random.items():
             torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, self.score.device)
+        self.running = True
 
     def stop(self, error: BaseException | None = None) -> None:
         """End the search, or end it because of an ``error``; what leaving the context does."""
+        self.running = False
         self.bar.close()
         for parameter, grad in zip(self._trainable, self._gradients):
             parameter.requires_grad_(True)
@@ -174,8 +182,8 @@ class Search:
     def restore(self) -> None:
         """Give the model's weights and norm statistics the values that they had ahead of the first search."""
         for name, tensor in self._tensors():
-            if ungated(name) in self.saved:
-                tensor.copy_(self.saved[ungated(name)])
+            if name in self.saved:
+                tensor.copy_(self.saved[name])
 
     @property
     def score(self) -> Tensor:
@@ -192,12 +200,21 @@ class Search:
         """Whether the weights make a step in the next one too."""
         return self.weights_learn and self.done < self.steps
 
+    @checked_but("loss")
     def step(self, loss: Tensor) -> None:
         """Backward of ``loss`` (0-d), then one step of the gates, and of the weights where they learn too.
 
-        Steps beyond the planned number change nothing.
+        Steps beyond the planned number change nothing, and say so once.
+
+        Raises:
+            DNALError: ``loss`` is no number of this model with a gradient; then weights and statistics are put back.
         """
+        if not self.running:
+            ended = f"it has ended after {self.done} of its {self.steps} steps" if self.done else "it has not begun"
+            raise DNALError(f"step(loss) outside of the search: {ended}; call it inside of `with pruner.search(steps)`")
+        check_loss(loss, self.done)
         if self.done >= self.steps:
+            self._ask_for_less()
             return
         if self.learns_weights:
             assert self.optimizer is not None
@@ -207,12 +224,19 @@ class Search:
                     "model.train() ahead of the loop"
                 )
             self.optimizer.zero_grad()
-        self.penalised(loss).backward()
+        penalised = self.penalised(loss)
+        with told_of_backward():
+            penalised.backward()
         self.before_optimizer_step()
         if self.learns_weights:
             assert self.optimizer is not None
             self.optimizer.step()
         self.after_optimizer_step()
+
+    def _ask_for_less(self) -> None:
+        if not self._said:
+            logger.warning("the search has made its %d steps: further calls of step() change nothing", self.steps)
+        self._said = True
 
     def notes(self) -> list[str]:
         """What a reader of the result should know, a sentence each."""

@@ -22,11 +22,13 @@ class Limits:
         least: at least so many, ``[groups]``.
         most: at most so many, ``[groups]``.
         multiples: units that go together, ``[groups]``; a group keeps a multiple of that, or all that it has.
+        asked: the multiple of channels that these amount to.
     """
 
     least: Sequence[int]
     most: Sequence[int]
     multiples: Sequence[int]
+    asked: int = 1
 
 
 class Objective:
@@ -162,7 +164,8 @@ class Objective:
         most = (first_ranks(self.sizes, self.limits.most) & self.candidates(nothing + 1.0, nothing)[1]).double()
         least = self._smallest(self.limits.least)
         if float(self.relative(least)[0]) > target:
-            left = "one unit left" if max(self.limits.least) == 1 else "what max_sparse_ratio and channel_multiple keep"
+            multiple = f"channel_multiple={self.limits.asked}" if self.limits.asked > 1 else "max_sparse_ratio"
+            left = "one unit left" if max(self.limits.least) == 1 else f"what {multiple} keeps"
             raise DNALError(
                 f"{self.budget} cannot be reached: with {left} in each of the {len(self.sizes)} channel groups that "
                 f"may be cut, {self._as_asked(least)} remains; raise it or exclude fewer layers"

@@ -107,7 +107,7 @@ def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup], multiple
         multiples.append(step)
         least.append(min(n, step * math.ceil(low / step)))
         most.append(max(least[-1], n if high == n else step * (high // step)))
-    return Limits(least, most, multiples)
+    return Limits(least, most, multiples, multiple)
 
 
 def pools(settings: Sequence[Setting], sizes: Sequence[int], within: Limits) -> tuple[list[int], list[int]]:

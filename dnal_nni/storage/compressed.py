@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import DNALError
 from ..modules.adapters import adapt, restore
 from ..modules.bake import bake
 from ..modules.choices import Choice
+from ..modules.given import check_kind
 from ..modules.layers import Layer, layer_of
 from ..modules.running import FORWARD_ERRORS, clone
 from ..report.record import Report
@@ -42,6 +44,7 @@ def _holder(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str
     return modules[owner], name
 
 
+@checked
 def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Report | None = None) -> None:
     """Write a cut network: its tensors and its layers' sizes. The file appears whole or not at all.
 
@@ -53,6 +56,7 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Repor
     Raises:
         DNALError: ``slim`` still has gates, or state that is no tensor; or the file cannot be written.
     """
+    check_kind(slim)
     if is_gated(slim):
         raise DNALError("save_compressed: this network still has gates: save what speedup() returned")
     changes = changes_of(slim)
@@ -80,6 +84,7 @@ def save_compressed(slim: nn.Module, path: str | os.PathLike[str], report: Repor
     write_tensors(path, FORMAT, tensors, **parts, **({} if report is None else {"report": report.to_dict()}))
 
 
+@checked
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Turn a fresh dense ``model`` into the saved network, in place, and return it. Nothing is traced or unpickled.
 
@@ -92,6 +97,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     Raises:
         DNALError: the file cannot be read, is damaged, or is not of this architecture; the first mismatch is named.
     """
+    check_kind(model)
     if is_gated(model):
         raise DNALError("load_compressed: this network has gates: call pruner.unwrap_model(), or build a fresh one")
     tensors, parts = read_tensors(path, FORMAT, "save_compressed")

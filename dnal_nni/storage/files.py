@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,18 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
+def _unreadable(path: Path, writer: str) -> str:
+    """What is the matter with a file that is no safetensors file."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(4)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    kinds = {b"PK\x03\x04": "it is a zip, as torch.save writes", b"": "it is empty"}
+    kind = kinds.get(begins, "it is no safetensors file, or is damaged")
+    return f"{path} cannot be read: {kind}; give a file of {writer}"
+
+
 def read_tensors(path: str | os.PathLike[str], kind: str, writer: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write_tensors` wrote, byte for byte: see :mod:`.digest`. The tensors are mapped into memory.
 
@@ -40,7 +53,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str, writer: str) -> tuple[
                 raise DNALError(f"{path} was not written by {writer} (format {header.get('format')!r})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise DNALError(f"{path} cannot be read: {error}") from error
+        raise DNALError(_unreadable(Path(path), writer)) from error
     check_sum(path, header)
     try:
         parts = {name: json.loads(text) for name, text in header.items() if name not in ("format", "sum")}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..errors import DNALError
+from ..surgery.inject import ungated
 from .files import read_tensors, write_tensors
 
+T = TypeVar("T")
 _FORMAT = "dnal_nni/state/1"
 
 
@@ -41,6 +44,12 @@ def load_state(path: str | os.PathLike[str]) -> Any:
         return _unpack(parts["state"], tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DNALError(f"{path} is damaged: its header is not of the right form ({error})") from error
+
+
+def under_own_names(state: Mapping[str, T], own: Collection[str]) -> dict[str, T]:
+    """A gated model's state dict with the names of the model: until 0.2, a gate on a norm's affine changed them."""
+    plain = {name: ungated(name) for name in state}
+    return {name if name in own or plain[name] not in own else plain[name]: state[name] for name in state}
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

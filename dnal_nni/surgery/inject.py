@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..channels.groups import ChannelGroup, Member
 from ..errors import DNALError
 from ..modules.adapters import adapt, restore
 from ..modules.choices import Choice
+from ..modules.gated import gate_parameter, ungate
 from ..modules.gates import AffineGate, ChannelFactor, InputGate, ScaledSigmoidGate, StatisticsGate, WeightGate
 from ..modules.layers import layer_of, masked_statistics
 
@@ -37,24 +37,6 @@ def _mask_statistics(module: nn.Module, args: tuple[Any, ...], output: Tensor) -
     return gated
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise where a model cannot be given gates, or cut."""
-    if not isinstance(model, nn.Module):
-        raise DNALError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if next(model.parameters(), None) is None:
-        raise DNALError("the model has no parameters: there is nothing to prune")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DNALError("torch.jit has compiled the model: pass the module that it was made of; compile the cut one")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise DNALError(f"the model is wrapped in {type(model).__name__}: pass model.module; train with the wrapper")
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            raise DNALError(f"{name} is on the meta device and has no values: model.to_empty(device=...), load weights")
-    for name, module in model.named_modules():
-        if hasattr(module, "_nni_wrapper"):
-            raise DNALError(f"{name} is already wrapped by another NNI compressor: call its unwrap_model() first")
-
-
 def is_gated(model: nn.Module) -> bool:
     """Whether gates are attached."""
     return any(isinstance(module, ChannelFactor) for module in model.modules())
@@ -64,6 +46,42 @@ def check_ungated(model: nn.Module) -> None:
     """Raise where gates are attached."""
     if is_gated(model):
         raise DNALError("the model already has gates of another DNALPruner: call its unwrap_model() first")
+
+
+def check_members(model: nn.Module, active: Sequence[ChannelGroup]) -> None:
+    """Raise where these groups are not those of this model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for member in (member for group in active for member in group.members):
+        module = modules.get(member.module)
+        if module is None:
+            raise DNALError(f"the plan is of another model, with a layer {member.module}: make one of this, Plan.of()")
+        layer = None if member.bare else layer_of(module)
+        width = member.width if layer is None else layer.widths(module).get(member.side, member.width)
+        if width != member.width:
+            raise DNALError(f"the plan is of another model: {member.path} has {member.width} channels, not {width}")
+
+
+def layers_of(model: nn.Module, active: Sequence[ChannelGroup]) -> dict[str, tuple[int, str]]:
+    """Which object each layer of these groups is, and how wide, by path."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for path in dict.fromkeys(member.module for group in active for member in group.members):
+        module = modules.get(path)
+        layer = None if module is None else layer_of(module)
+        widths = {} if module is None or layer is None else layer.widths(module)
+        found[path] = id(module), ", ".join(f"{side} {width}" for side, width in widths.items())
+    return found
+
+
+def check_layers(model: nn.Module, active: Sequence[ChannelGroup], then: Mapping[str, tuple[int, str]]) -> None:
+    """Raise where a layer is no longer what :func:`layers_of` said."""
+    for path, (number, widths) in layers_of(model, active).items():
+        if (number, widths) != then[path]:
+            sizes = f" ({then[path][1]} channels then, {widths or 'none'} now)" if widths != then[path][1] else ""
+            raise DNALError(
+                f"{path} is no longer the layer that it was when the pruner was made{sizes}: change the model first, "
+                "then make the pruner"
+            )
 
 
 def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str, ScaledSigmoidGate]) -> None:
@@ -101,21 +119,18 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
     for path, sources in norms.items():
         norm = model.get_submodule(path)
         involved, index = _index(sources)
+        gate = AffineGate(involved, index).to(_device(norm))
         for name in ("weight", "bias"):
             if getattr(norm, name, None) is not None:
-                factor = AffineGate(involved, index.clone()).to(getattr(norm, name).device)
-                parametrize.register_parametrization(norm, name, factor)
-                _shorten(type(norm), name)
+                gate_parameter(norm, name, gate)
     for path, sources in inputs.items():
         _multiply(model, path, sources, _INPUT_GATE).register_forward_pre_hook(_gate_input)
     for path, sources in outputs.items():
         _multiply(model, path, sources, _OUTPUT_GATE).register_forward_hook(_gate_output)
-    order = {path: list(model.get_submodule(path)._parameters) for path in {p.rpartition(".")[0] for p, _ in weights}}
     for (path, dim), sources in weights.items():
         owner, _, name = path.rpartition(".")
         involved, index = _index(sources)
-        gate = WeightGate(involved, index, dim, order[owner]).to(_device(model))
-        parametrize.register_parametrization(model.get_submodule(owner), name, gate)
+        gate_parameter(model.get_submodule(owner), name, WeightGate(involved, index, dim).to(_device(model)))
 
 
 def _multiply(model: nn.Module, path: str, sources: Sequence[tuple[Member, ScaledSigmoidGate]], name: str) -> nn.Module:
@@ -133,24 +148,6 @@ def _gated_ahead(model: nn.Module, member: Member) -> bool:
         return member.side == "in"
     layer = layer_of(model.get_submodule(member.path))
     return layer is not None and layer.opaque
-
-
-def _shorten(parametrized: type[nn.Module], name: str) -> None:
-    """Let a norm's affine be computed without what torch does around it: it is read in every forward of every norm.
-
-    ``parametrized`` is the class that torch made for this one module (its copies share it).
-    """
-    usual = getattr(parametrized, name)
-
-    def affine(norm: Any) -> Tensor:
-        chain = norm._modules["parametrizations"]._modules[name]
-        if len(chain._modules) > 1:  # somebody else's behind it
-            value: Tensor = usual.fget(norm)
-        else:
-            value = chain._modules["0"].forward(chain.original)
-        return value
-
-    setattr(parametrized, name, property(affine, usual.fset))
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -171,14 +168,7 @@ def detach(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, Choice):
             module.detach()
-        if parametrize.is_parametrized(module) and (gates := _parametrizing(module)):
-            # not parametrize.remove_parametrizations: it edits the class, which copies of the module share
-            parametrizations = module._modules.pop("parametrizations")
-            module.__class__ = type(module).__bases__[0]
-            for name, chain in parametrizations.items():  # type: ignore[operator, union-attr]
-                module.register_parameter(name, chain.original)
-            order = gates[0].order if isinstance(gates[0], WeightGate) else ()
-            module._parameters = {name: module._parameters.pop(name) for name in order} | module._parameters
+        ungate(module)
         for name, hooks, ours in (
             (_INPUT_GATE, module._forward_pre_hooks, _gate_input),
             (_OUTPUT_GATE, module._forward_hooks, _gate_output),
@@ -191,11 +181,6 @@ def detach(model: nn.Module) -> None:
     restore(model)
 
 
-def _parametrizing(module: nn.Module) -> list[AffineGate]:
-    """The gates that act on parameters of a module."""
-    return [gate for gate in module.get_submodule("parametrizations").modules() if isinstance(gate, AffineGate)]
-
-
 def ungated(name: str) -> str:
-    """The name that a parameter has while no gate acts on it."""
+    """The name that a parameter has, from the one that a gate gave it until 0.2."""
     return name.replace(".parametrizations", "").removesuffix(".original")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..arguments import nearest, shown
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.adapters import adapt
@@ -94,10 +95,11 @@ def every_group(keep: Keep, active: Sequence[ChannelGroup]) -> dict[str, Tensor]
     least = {group.name: group.least for group in active}
     for name, mask in keep.items():
         if name not in chosen:
-            raise DNALError(f"harden(keep): there is no gate {name!r}; the names are the keys of pruner.gates")
+            near = nearest(name, chosen) or "; the names are the keys of pruner.gates"
+            raise DNALError(f"harden(keep): there is no gate {name!r}{near}")
         size = len(chosen[name])
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-            raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}]")
+            raise DNALError(f"harden(keep): {name} needs a bool tensor of shape [{size}], and is given {shown(mask)}")
         if int(mask.sum()) < least[name]:
             few = "lose every channel; keep at least one"
             if least[name] > 1:

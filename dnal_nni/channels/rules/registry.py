@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...arguments import checked_but
 from ...errors import DNALError
 from ..flow import Flow, Operation
 
@@ -26,6 +27,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@checked_but("rule")
 def register_rule(operation: str, rule: Rule) -> ExitStack:
     """Say how channels pass through an operation: which of its inputs' and outputs' stand and fall together.
 
