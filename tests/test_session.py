@@ -34,7 +34,7 @@ def run(front: Any, model: nn.Module, batches: Batches, optimizer: torch.optim.O
 def test_neither_the_plan_nor_the_session_imports_nni() -> None:
     code = """
 import sys
-sys.modules["nni"] = None  # whoever imports it now fails
+sys.modules["nni"] = sys.modules["torch_pruning"] = None  # whoever imports them now fails
 import torch
 from dnal_nni import Budget
 from dnal_nni.plan import Plan

@@ -64,6 +64,15 @@ def test_from_images_to_a_smaller_network(work: Path, capsys: pytest.CaptureFixt
     assert "is of a run with lr 0.01, and this one has 0.02: choose another --out" in capsys.readouterr().err
 
 
+def test_along_torch_prunings_groups(work: Path) -> None:
+    assert compress("--data", "mydata:loaders", "--input", "1,3,8,8", "--graph", "torch-pruning") == 0
+    report = json.loads((work / "run" / REPORT).read_text())
+    assert report["settings"]["graph"] == "torch-pruning"
+    dense, x = import_module("mynets").net(), torch.randn(1, 3, 8, 8)
+    slim = load_compressed(import_module("mynets").net(), work / "run" / NETWORK)
+    assert measure(slim, x).flops / measure(dense, x).flops == pytest.approx(0.5, rel=0.06)
+
+
 def test_a_folder_of_classes_holds_images_out(work: Path) -> None:
     pictures(work / "photos", 20)
     assert compress("--data", "photos", "--input", "1,3,8,8", "--batch-size", "100") == 0
