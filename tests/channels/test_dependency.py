@@ -156,6 +156,31 @@ def test_grouped_queries_share_the_units_of_their_keys() -> None:
     assert (groups["q"].frozen or "").endswith("(by torch-pruning's graph)") and groups["into"].frozen is None
 
 
+class Mixer(nn.Module):
+    """Linear layers along channels and along places, in turns: torch-pruning sees no transpose."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.stem, self.norm, self.across = nn.Conv2d(3, 12, 1), nn.LayerNorm(12), nn.Linear(places, 10)
+        self.back, self.up, self.down = nn.Linear(10, places), nn.Linear(12, 20), nn.Linear(20, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.back(torch.relu(self.across(self.norm(x).transpose(1, 2)))).transpose(1, 2)
+        return self.head((x + self.down(torch.relu(self.up(x)))).mean(1))
+
+
+def test_fewer_positions_than_channels_are_no_channels() -> None:
+    model = Mixer(4)
+    groups = verified(model, IMAGE[..., :2, :2])
+    assert {name for name, group in groups.items() if group.frozen is None} == {"stem", "across", "up"}
+    assert {m.path for m in groups["stem"].members} == {"stem", "norm", "up", "down", "head"}
+    assert (groups["back"].frozen or "").startswith("no layer reads its output")
+    more = verified(Mixer(16), IMAGE)  # more of them: nothing says which of the two are channels
+    assert {"across", "up"} <= {name for name, group in more.items() if group.frozen is None}
+
+
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda x: x.roll(1, 1),
     "flip": lambda x: x.flip(1),
