@@ -34,8 +34,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from provenance import commit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,13 +143,21 @@ def forward(model: nn.Module, inputs: tuple[Any, ...], heads: Sequence[str] = ()
     raw: list[Any] = []
     hooks = [model.get_submodule(path).register_forward_hook(lambda _, __, out: raw.append(out)) for path in heads]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), without_dropout():
             torch.manual_seed(0)  # stochastic depth draws per sample: the same in both networks
             out = model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return [t for t in tensors([out, raw]) if t.is_floating_point()]
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Dropout that a forward calls itself, as GhostNet's does, lets everything pass."""
+    names = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    with mock.patch.multiple(F, **dict.fromkeys(names, lambda x, *_, **__: x)):
+        yield
 
 
 def set_mode(model: nn.Module, mode: str) -> None:

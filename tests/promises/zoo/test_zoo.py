@@ -1,6 +1,6 @@
 """Real networks: exact, or left alone with a stated reason; no hang, no crash (see `benchmarks/zoo.py`).
 
-Default: the list itself, and eight representatives in this process. `pytest -m slow tests/promises/zoo`: all of
+Default: the list itself, and a few representatives in this process. `pytest -m slow tests/promises/zoo`: all of
 them, each in a process of its own with limits on time and memory, an hour or two on one core.
 """
 
@@ -31,6 +31,7 @@ FAST = (
     "timm_fasternet_t0",  # split by stored sizes
     "lraspp_mobilenet_v3_large",  # a dict of outputs
     "squeezenet1_1",  # no norm at all
+    "timm_repghostnet_050",  # dropout that the forward calls itself
 )
 MUST_SHRINK = (
     "swin_t",
