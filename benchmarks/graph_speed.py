@@ -1,125 +1,300 @@
-"""Seconds from a model to a verified cut, beside torch-pruning's own way from a model to a cut.
+"""CPU seconds and memory from a model to its proven cut, beside what a training step takes, and beside the peers.
 
-    python benchmarks/graph_speed.py --out benchmarks/results/graph_speed.json
+    python benchmarks/graph_speed.py                          # what benchmarks/results/graph_speed.jsonl lacks
+    python benchmarks/graph_speed.py --only resnet50,swin_t --again
+    python benchmarks/graph_speed.py --table
 
-ResNet-50 and DenseNet-121 at 224 pixels, random weights, 30 % of every group. Interleaved rounds in one process; the
-figures are medians. Ours verifies the cut (one comparison of two networks in float64, four images, eval and train
-mode); torch-pruning has no such step.
+Every network runs in a process of its own with one thread; random weights, 30 % of every group. Seconds are of CPU, by
+part, the fastest of the rounds (construction with a budget, and ``speedup()``); forward passes are of the uncut network
+in float32 and eval mode. Memory is what one training step (SGD with momentum) takes at its peak beside the model, and
+what construction and ``speedup()`` take together. torch-pruning (graph, groups, pruner, step) and torch-kirigami
+(graph, candidates, plan, rewrite to 70 % of the parameters), where they are installed, run in the same process, in turn
+with ours; neither proves anything. A peer that fails has its error in its place. One JSON line a network.
 """
 
 import argparse
 import copy
+import gc
 import json
+import logging
+import re
+import signal
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
 import torchvision
+from memory import peak_bytes
 from provenance import device_name, provenance
+from tabulate import tabulate
 from torch import Tensor, nn
-from zoo import CUT, CUT_SEED
 
-from dnal_nni.channels.groups import find_groups
-from dnal_nni.surgery.slim import slim_copy
-from dnal_nni.surgery.verify import random_keep, verify_and_freeze
+from dnal_nni import Budget, DNALPruner
+from dnal_nni.surgery.verify import random_keep
 
-CLASSIFIER = {"resnet50": "fc", "densenet121": "classifier"}
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from cifar_models import ResNet
 
-Seconds = dict[str, list[float]]
+RESULTS = Path(__file__).parent / "results" / "graph_speed.jsonl"
+CUT, SEED = 0.3, 7_919
+ALL = [{"op_types": ["Conv2d", "Conv3d", "ConvTranspose3d", "Linear"]}]
+WALL_SECONDS = 600
+PEER_SECONDS = 60  # of CPU
 
-
-@contextmanager
-def timed(seconds: Seconds, name: str) -> Iterator[None]:
-    """Append the wall-clock time of the block to ``seconds[name]``."""
-    start = time.perf_counter()
-    yield
-    seconds[name].append(time.perf_counter() - start)
+Built = tuple[nn.Module, Tensor]
 
 
-def ours(model: nn.Module, x: Tensor, _: str, seconds: Seconds) -> int:
-    """Groups, plan, slice and verification; returns the number of comparisons that it took."""
-    with timed(seconds, "groups"):
-        groups = find_groups(model, x)
-    with timed(seconds, "plan"):
-        keep = random_keep(groups, CUT, CUT_SEED)
-    with timed(seconds, "slice"):
-        slim_copy(model, groups, keep)
-    with timed(seconds, "verify"):
-        return verify_and_freeze(model, groups, x, seconds=60)
+def vision(name: str, size: int = 64, batch: int = 2) -> Callable[[], Built]:
+    def build() -> Built:
+        return torchvision.models.get_model(name, weights=None), torch.randn(batch, 3, size, size)
+
+    return build
 
 
-def theirs(model: nn.Module, x: Tensor, classifier: str, seconds: Seconds) -> int:
-    """torch-pruning's graph, its groups, and its pruner, which builds both again; returns the number of groups."""
+def thousand_layers() -> Built:
+    model = ResNet(166, 10, 0.25)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn2.weight"):
+            nn.init.constant_(parameter, 0.01)  # or activations grow without bound
+    return model, torch.randn(2, 3, 32, 32)
+
+
+def two_conv3d() -> Built:
+    convolutions = nn.Conv3d(1, 32, 3, padding=1), nn.Conv3d(32, 32, 3, padding=1)
+    norms = nn.BatchNorm3d(32), nn.BatchNorm3d(32)
+    layers = [part for conv, norm in zip(convolutions, norms) for part in (conv, norm, nn.ReLU())]
+    return nn.Sequential(*layers, nn.Conv3d(32, 2, 1)), torch.randn(1, 1, 48, 48, 48)
+
+
+def vnet() -> Built:
+    from monai.networks.nets import VNet
+
+    return VNet(), torch.randn(1, 1, 32, 32, 32)
+
+
+def yolo11x() -> Built:
+    from ultralytics import YOLO
+
+    return YOLO("yolo11x.yaml").model, torch.randn(1, 3, 160, 160)
+
+
+NETWORKS: dict[str, Callable[[], Built]] = {
+    **{name: vision(name) for name in ("resnet50", "densenet121", "swin_t", "vgg16_bn", "mobilenet_v2")},
+    "convnext_base": vision("convnext_base", 224),
+    "vit_l_16": vision("vit_l_16", 224),
+    "swin_b": vision("swin_b", 224),
+    "efficientnet_b7": vision("efficientnet_b7", 224),
+    "resnet152": vision("resnet152", 224),
+    "1,000 layers": thousand_layers,
+    "two Conv3d, 48^3": two_conv3d,
+    "VNet, 32^3": vnet,
+    "YOLO11x": yolo11x,
+}
+
+
+# -- one network ------------------------------------------------------------------------------------------------------
+
+
+def too_late(number: int, frame: Any) -> None:
+    raise TimeoutError(f"not done in {PEER_SECONDS} s")
+
+
+def cpu_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    gc.collect()
+    start = time.process_time()
+    result = run()
+    return time.process_time() - start, result
+
+
+class Parts(logging.Handler):
+    """Seconds of each phase, as the package logs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.fullmatch(r"(.*): ([\d.]+) s", record.getMessage()):
+            self.seconds[found[1]] = float(found[2])
+
+
+def ours(model: nn.Module, x: Tensor) -> tuple[float, float, float]:
+    """CPU seconds of construction and of the cut; the share of the FLOPs that is left."""
+
+    def construct() -> DNALPruner:
+        return DNALPruner(model, ALL, dummy_input=x, budget=Budget(flops=0.5), verify_seconds=300.0)
+
+    construction, pruner = cpu_seconds(construct)
+    pruner.harden(random_keep(pruner.groups, CUT, SEED))
+    cutting, _ = cpu_seconds(pruner.speedup)
+    left = pruner.report.after.flops / pruner.report.before.flops
+    pruner.unwrap_model()
+    return construction, cutting, left
+
+
+def torch_pruning(model: nn.Module, x: Tensor) -> float:
     model = copy.deepcopy(model).eval()  # it is cut in place
-    ignored = [model.get_submodule(classifier)]
-    with timed(seconds, "graph"):
-        graph = tp.DependencyGraph().build_dependency(model, x)
-    with timed(seconds, "get_all_groups"):
-        number = len(list(graph.get_all_groups(ignored_layers=ignored)))
-    with timed(seconds, "pruner init"):
-        # without a dict of its own every pruner shares one, with the entries of the models before
+
+    def run() -> None:
         pruner = tp.pruner.MagnitudePruner(
             model,
             x,
             importance=tp.importance.MagnitudeImportance(),
             pruning_ratio=CUT,
-            ignored_layers=ignored,
-            in_channel_groups={},
+            ignored_layers=[list(model.modules())[-1]],
+            in_channel_groups={},  # else every pruner shares one, with the entries of the models before
             out_channel_groups={},
         )
-    with timed(seconds, "pruner step"):
         pruner.step()
-    return number
+
+    return cpu_seconds(run)[0]
 
 
-def medians(seconds: Seconds) -> dict[str, float]:
-    """The median of every phase, and of the rounds' sums."""
-    total = [sum(round_) for round_ in zip(*seconds.values())]
-    return {name: round(statistics.median(values), 4) for name, values in [*seconds.items(), ("total", total)]}
+def kirigami(model: nn.Module, x: Tensor) -> float:
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import Greedy, GroupMagnitude, ParameterBudget, Pruner
+
+    model = copy.deepcopy(model).eval()
+    most = int((1 - CUT) * sum(p.numel() for p in model.parameters()))
+
+    def run() -> None:
+        pruner = Pruner(model, graph=DependencyGraph.build(model, args=(x,)))
+        pruner.prune(
+            pruner.discover_candidates(), budget=ParameterBudget(max_params=most), strategy=Greedy(GroupMagnitude(p=2))
+        )
+
+    return cpu_seconds(run)[0]
 
 
-def compare(name: str, rounds: int) -> dict[str, Any]:
-    """Both ways on one model, in turn."""
+PEERS: dict[str, Callable[[nn.Module, Tensor], float]] = {"torch-pruning": torch_pruning, "torch-kirigami": kirigami}
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """One step, momentum included, that leaves nothing behind."""
+    model = copy.deepcopy(model).train()
+
+    def step() -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
+        out = model(x)
+        leaves = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, Tensor)]
+        sum(leaf.float().mean() for leaf in leaves).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def weigh(model: nn.Module, x: Tensor) -> dict[str, int | None]:
+    step = peak_bytes(training_step(model, x), "cpu")
+    return {"training step": step, "construction and speedup": peak_bytes(lambda: ours(model, x), "cpu")}
+
+
+def measured(name: str, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGVTALRM, too_late)
+    warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None)
-    x = torch.randn(1, 3, 224, 224)
-    ways: dict[str, Callable[[nn.Module, Tensor, str, Seconds], int]] = {"dnal_nni": ours, "torch_pruning": theirs}
-    seconds: dict[str, Seconds] = {way: defaultdict(list) for way in ways}
-    numbers = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch-pruning warns of every op that it takes for element-wise
-        for _ in range(rounds):
-            for way, run in ways.items():
-                numbers[way] = run(model, x, CLASSIFIER[name], seconds[way])
+    model, x = NETWORKS[name]()
+    model.eval()
+    parts = Parts()
+    logging.getLogger("dnal_nni").addHandler(parts)
+    logging.getLogger("dnal_nni").setLevel(logging.INFO)
+    logging.getLogger("dnal_nni").propagate = False
+    memory = weigh(model, x)  # imports and first calls are paid for here
+    with torch.no_grad():
+        forward = statistics.median(cpu_seconds(lambda: model.eval()(x))[0] for _ in range(3))
+    found: dict[str, Any] = {peer: [] for peer in PEERS}
+    runs = []
+    for _ in range(rounds):
+        runs.append(ours(model, x))
+        for peer, run in PEERS.items():
+            if isinstance(found[peer], list):
+                signal.setitimer(signal.ITIMER_VIRTUAL, PEER_SECONDS)
+                try:
+                    found[peer].append(run(model, x))
+                except Exception as error:  # somebody else's package on somebody else's network
+                    found[peer] = f"{type(error).__name__}: {error}"[:150]
+                finally:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    construction, cutting, left = min(runs, key=lambda run: run[0] + run[1])
     return {
-        "model": name,
-        "seconds": {way: medians(phases) for way, phases in seconds.items()},
-        "comparisons": numbers["dnal_nni"],
-        "groups of torch_pruning": numbers["torch_pruning"],
+        "network": name,
+        "input": list(x.shape),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "forward": round(forward, 4),
+        "construction": round(construction, 3),
+        "speedup": round(cutting, 3),
+        "wall seconds by part": parts.seconds,
+        "flops left": round(left, 3),
+        "peers": {peer: round(min(s), 3) if isinstance(s, list) else s for peer, s in found.items()},
+        "memory": memory,
+        "rounds": rounds,
     }
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def table(path: Path) -> str:
+    rows = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        if "error" in row:
+            rows.append([row["network"], row["error"]])
+            continue
+        total, memory = row["construction"] + row["speedup"], row["memory"]
+        peers = [f"{s:.1f}" if isinstance(s, float) else "fails" for s in row["peers"].values()]
+        ratio = memory["construction and speedup"] / memory["training step"]
+        cells = [row["construction"], row["speedup"], total, (total - 1) / row["forward"], ratio]
+        rows.append([row["network"], row["forward"], *(f"{cell:.1f}" for cell in cells), *peers])
+    head = ["", "forward", "construction", "speedup", "both", "(both - 1 s) / forward", "memory / step", *PEERS]
+    return tabulate(rows, head, tablefmt="github")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=None, help="of " + "; ".join(NETWORKS))
+    parser.add_argument("--classifiers", action="store_true", help="every torchvision classifier at 64 pixels instead")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--worker")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    result = {
-        "models": [compare(name, args.rounds) for name in CLASSIFIER],
-        "input": [1, 3, 224, 224],
-        "rounds": args.rounds,
-    } | provenance(device_name("cpu"), "torch", "torchvision", "torch-pruning")
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    if args.table:
+        print(table(args.out))
+        return
+    chosen = list(NETWORKS)
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    for name in classifiers:
+        least = {"inception_v3": 299}.get(name, 224 if name.startswith(("vit", "maxvit")) else 64)
+        NETWORKS.setdefault(name, vision(name, least))
+    if args.worker:
+        print(json.dumps(measured(args.worker, args.rounds)))
+        return
+    known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for name in args.only or (classifiers if args.classifiers else chosen):
+        if not args.again and any(row["network"] == name for row in known):
+            continue
+        command = [sys.executable, __file__, "--worker", name, "--rounds", str(args.rounds)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=WALL_SECONDS, check=False)
+            failed = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
+            row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": failed}
+        except subprocess.TimeoutExpired:
+            row = {"error": f"not done in {WALL_SECONDS} s"}
+        row = {"network": name} | row | provenance(device_name("cpu"), "torch", "torchvision", "torch-pruning")
+        known = [old for old in known if old["network"] != name] + [row]
+        partial = args.out.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in known))
+        partial.replace(args.out)
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
