@@ -33,7 +33,7 @@ Norm: Any = (
 
 def cut_tensor(module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None:
     """Keep some entries of a parameter or buffer, in place: bool by dimension. None stays None."""
-    old = getattr(module, name, None)
+    old = module._parameters[name] if name in module._parameters else getattr(module, name, None)
     keep = {dim: mask for dim, mask in keep.items() if not bool(mask.all())}
     if old is None or not keep:
         return

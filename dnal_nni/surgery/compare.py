@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import DNALError
 from ..modules.chance import WithoutChance
-from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded, twin
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded
 from .changes import newly_baked
-from .precise import speed_up_convolutions
+from .precise import in_dtype
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|, by the dtype of the comparison."""
@@ -97,20 +97,21 @@ def difference(
 
 
 class Comparison:
-    """Cut networks beside a gated one, in its dtype.
+    """Cut networks beside a gated one.
 
     Args:
         gated: the reference. Its mode and norm statistics change: pass a copy.
+        dtype: in which it computes.
 
     Attributes:
         expected: what the gated network returned last, and what its watched layers did.
     """
 
-    def __init__(self, gated: nn.Module) -> None:
+    def __init__(self, gated: nn.Module, dtype: torch.dtype) -> None:
         self.gated = gated
         self.expected: Outputs = ([], [])
         self._draws: set[str] = set()
-        self._dtype = floating_dtype(gated)
+        self._dtype = dtype
         self._values = values = [VALUES]  # that batch norms average over, counted in eval mode
 
         def count(norm: nn.Module, args: tuple[Tensor, ...]) -> None:  # knows nothing of the model: no circle
@@ -189,7 +190,7 @@ def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[fl
     inputs = example_like(dummy_input, native)
     for dtype in dict.fromkeys((torch.float64, native)):
         try:
-            comparison = Comparison(in_dtype(gated, dtype))
+            comparison = Comparison(in_dtype(gated, dtype), dtype)
             cut, x = in_dtype(slim, dtype), map_tensors(partial(_converted, dtype=dtype), inputs)
             gap = comparison.gap(cut, x, "eval")
             returned = outputs(in_dtype(slim, native), inputs, (), "eval")
@@ -320,12 +321,5 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with all floating tensors in ``dtype``; it shares no memory with ``model``."""
-    copy = twin(model, partial(_converted, dtype=dtype, copy=True)).to(dtype)
-    speed_up_convolutions(copy)
-    return copy
-
-
-def _converted(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    return x.to(dtype if x.is_floating_point() else x.dtype, copy=copy)
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x

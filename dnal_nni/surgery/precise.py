@@ -1,11 +1,13 @@
-"""Convolutions in float64 where PyTorch has only slow ones on a CPU: one product for every tap of the kernel.
+"""Copies that compute in another dtype: in float64 where PyTorch is slow on a CPU, and without all weights in float64.
 
-Its own way unfolds the input, 27 times as large for a 3-D kernel of three, and takes the groups of a depthwise
-convolution one after the other.
+Its float64 convolutions unfold the input, 27 times as large for a 3-D kernel of three, and take the groups of a
+depthwise convolution one after the other: here they are one product for every tap of the kernel. Large weights are
+widened while they are used: nothing is allocated for them, which for a network as VGG-16 is most of the work.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -13,16 +15,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules.running import twin
+
+_LARGE = 2**16  # numbers in a weight that is widened as it is used
+_AT_ONCE = 2**18  # of which a linear layer widens so many at a time
+
 _ALL = slice(None)
 
 
-def speed_up_convolutions(model: nn.Module) -> None:
-    """Let the float64 convolutions of ``model`` that would be slow run tap by tap, in place; copies of it do so too."""
-    convolutions: list[Any] = [module for module in model.modules() if type(module) in _TAPS]
-    for conv in convolutions:
-        slow = len(conv.kernel_size) == 3 or 1 < conv.groups == conv.in_channels
-        if slow and conv.weight.dtype is torch.float64 and not conv.weight.is_cuda:
-            conv.__class__ = _TAPS[type(conv)]
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy that computes in ``dtype``: its floating tensors are converted.
+
+    In float64, the large weights of convolutions and linear layers stay as they are, share their memory with ``model``,
+    and are widened whenever they are read.
+    """
+    kept = set()
+    if dtype is torch.float64:
+        weights = [layer.weight for layer in _layers(model)]
+        kept = {w.data_ptr() for w in weights if w.numel() >= _LARGE and sum(n > 1 for n in w.shape) > 1}
+
+    def converted(x: Tensor) -> Tensor:
+        return x if x.data_ptr() in kept else x.to(dtype if x.is_floating_point() else x.dtype, copy=True)
+
+    copy = twin(model, converted)
+    copy._apply(lambda x: x if x.data_ptr() in kept or not x.is_floating_point() else x.to(dtype))
+    if dtype is torch.float64:
+        for layer in _layers(copy):
+            slow = isinstance(layer, _CONVOLUTIONS) and not layer.weight.is_cuda
+            slow = slow and (len(layer.kernel_size) == 3 or 1 < layer.groups == layer.in_channels)
+            kind: Any = type(layer)
+            layer.__class__ = _precise(kind, layer.weight.dtype is not dtype, slow)
+    return copy
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """Convolutions and linear layers whose weight is a parameter of theirs, and not computed."""
+    return [module for module in model.modules() if type(module) in _KINDS and "weight" in module._parameters]
+
+
+@functools.cache
+def _precise(kind: Any, widened: bool, taps: bool) -> Any:
+    # under the name of torch's own: messages name the layer as its user knows it
+    methods: dict[str, Any] = {"__module__": kind.__module__}
+    if widened:
+        methods["weight"] = property(lambda layer: layer._parameters["weight"].to(torch.float64))
+        methods["__setattr__"] = _set
+    if widened and kind is nn.Linear:
+        methods["forward"] = _in_parts
+    if taps:
+        methods["_conv_forward"] = _by_taps
+    return type(kind.__name__, (kind,), methods) if widened or taps else kind
+
+
+def _set(layer: Any, name: str, value: Any) -> None:
+    if name == "weight":
+        layer._parameters[name] = value  # torch would look whether there is one, and widen it
+    else:
+        nn.Module.__setattr__(layer, name, value)
+
+
+def _in_parts(linear: Any, x: Tensor) -> Tensor:
+    """A linear layer, some of its outputs at a time."""
+    weight = linear._parameters["weight"]
+    rows = max(1, _AT_ONCE // weight.shape[1])
+    parts = [F.linear(x, part.to(x.dtype)) for part in weight.split(rows)]
+    out = torch.cat(parts, -1)
+    return out if linear.bias is None else out.add_(linear.bias)
 
 
 def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,9 +109,5 @@ def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return out if bias is None else out.add_(bias.view(-1, *[1] * len(space)))
 
 
-def _with_taps(kind: type[nn.Module]) -> type[nn.Module]:
-    # under the name of torch's own: messages name the layer as its user knows it
-    return type(kind.__name__, (kind,), {"_conv_forward": _by_taps, "__module__": kind.__module__})
-
-
-_TAPS: dict[type[nn.Module], Any] = {kind: _with_taps(kind) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KINDS = {*_CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear}

@@ -16,8 +16,9 @@ from ..channels.groups import ChannelGroup
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.layers import Norm
 from ..modules.running import FORWARD_ERRORS, Example, clone, flatten_tensors, raised_in, twin
-from .compare import Comparison, example_like, in_dtype, outputs, unmoved
+from .compare import Comparison, example_like, outputs, unmoved
 from .inject import attach
+from .precise import in_dtype
 from .slim import Keep, slim_twin
 
 
@@ -257,7 +258,7 @@ class _Verification:
         self.gates = {g.name: ScaledSigmoidGate(g.channels) for g in groups}
         attach(gated, groups, self.gates)
         self.attached = {g.name: g.site for g in groups}
-        self.comparison = Comparison(gated)
+        self.comparison = Comparison(gated, self.dtype)
 
     # -- failures -----------------------------------------------------------------------------------------------------
 

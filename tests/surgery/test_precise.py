@@ -1,4 +1,4 @@
-"""Convolutions tap by tap give what PyTorch's own give."""
+"""Copies in float64 give what PyTorch's own give: tap by tap, and with weights that are widened as they are used."""
 
 import copy
 import itertools
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dnal_nni.surgery.precise import speed_up_convolutions
+from dnal_nni.modules.layers import layer_of
+from dnal_nni.surgery.precise import in_dtype
 
 KINDS: dict[str, Any] = {
     "3-D": (nn.Conv3d, 4, 6, {}),
@@ -31,8 +32,7 @@ def test_the_same_numbers(kind: str) -> None:
     torch.manual_seed(0)
     for form in FORMS:
         conv = build(into, out, **form, **more).double()
-        fast = copy.deepcopy(conv)
-        speed_up_convolutions(fast)
+        fast = in_dtype(conv, torch.float64)
         assert type(fast) is not build
         for batch in ((2,), ()):
             x = torch.randn(*batch, into, *(7, 8, 9)[: len(conv.kernel_size)], dtype=torch.float64)
@@ -40,8 +40,7 @@ def test_the_same_numbers(kind: str) -> None:
 
 
 def test_a_copy_runs_on_its_own_tensors() -> None:
-    conv = nn.Conv3d(2, 2, 3, bias=False).double()
-    speed_up_convolutions(conv)
+    conv = in_dtype(nn.Conv3d(2, 2, 3, bias=False), torch.float64)
     again = copy.deepcopy(conv)
     nn.init.zeros_(again.weight)
     x = torch.randn(1, 2, 4, 4, 4, dtype=torch.float64)
@@ -53,6 +52,34 @@ def test_others_stay_as_they_are() -> None:
         pass
 
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), Own(1, 1, 3), nn.ConvTranspose3d(1, 1, 3))
-    speed_up_convolutions(net.double())
-    speed_up_convolutions(plain := nn.Conv3d(1, 1, 3))
-    assert [type(module) for module in [*net, plain]] == [nn.Conv2d, nn.Conv2d, Own, nn.ConvTranspose3d, nn.Conv3d]
+    plain = in_dtype(nn.Conv3d(1, 1, 3), torch.float32)
+    kinds = [type(module) for module in [*in_dtype(net, torch.float64), plain]]
+    assert kinds == [nn.Conv2d, nn.Conv2d, Own, nn.ConvTranspose3d, nn.Conv3d]
+
+
+LARGE: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(700, 800), (3, 5, 700)),
+    "linear without bias": (lambda: nn.Linear(70_000, 5, bias=False), (3, 70_000)),
+    "convolution": (lambda: nn.Conv2d(100, 200, 3, groups=2), (2, 100, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(100, 80, 3), (2, 100, 5, 5)),
+    "tap by tap": (lambda: nn.Conv3d(64, 64, 3), (2, 64, 5, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_weights_are_shared_and_widened_as_they_are_used(name: str) -> None:
+    build, shape = LARGE[name]
+    torch.manual_seed(0)
+    layer = build()
+    precise = in_dtype(layer, torch.float64)
+    assert next(precise.parameters()).data_ptr() == layer.weight.data_ptr() and precise.weight.dtype is torch.float64
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = copy.deepcopy(layer).double()
+    torch.testing.assert_close(precise(x), expected(x), rtol=1e-12, atol=1e-12)
+    keep = torch.arange(len(layer.weight)) % 4 > 0  # a cut keeps it so, and leaves the layer alone
+    side = "in" if name == "transposed" else "out"
+    for one in (precise, expected):
+        layer_of(one).cut(one, {side: keep})  # type: ignore[union-attr]
+    assert next(precise.parameters()).dtype is torch.float32 and len(layer.weight) == len(keep)
+    x = x[:, keep] if side == "in" else x
+    torch.testing.assert_close(precise(x), expected(x), rtol=1e-12, atol=1e-12)

@@ -16,7 +16,8 @@ from dnal_nni import DNALPruner
 from dnal_nni.channels.groups import ChannelGroup, find_groups
 from dnal_nni.search.settings import Setting, limits
 from dnal_nni.surgery import verify
-from dnal_nni.surgery.compare import Comparison, in_dtype
+from dnal_nni.surgery.compare import Comparison
+from dnal_nni.surgery.precise import in_dtype
 from dnal_nni.surgery.slim import slim_copy, slim_twin
 from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_freeze
 
@@ -222,7 +223,7 @@ def test_batch_norms_get_values_enough(batch: int) -> None:
     seen: list[int] = []
     gated = in_dtype(net, torch.float64)
     gated[3].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    comparison = Comparison(gated)
+    comparison = Comparison(gated, torch.float64)
     for mode in ("eval", "train"):
         assert comparison.gap(in_dtype(net, torch.float64), X[:1].expand(batch, -1, -1, -1).double(), mode).equal
     assert seen == [batch, 8 if batch == 2 else 9]  # of one value each
