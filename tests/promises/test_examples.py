@@ -12,24 +12,21 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("pruner", ["dnal", "slim"])
-def test_nnis_slim_pruning(pruner: str) -> None:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(EXAMPLES / "nni_slim_pruning.py"),
-        "--pruner",
-        pruner,
-        "--epochs",
-        "4",
-    ]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (before, _), (after, _), (accuracy,) = (
-        [float(word.rstrip(",%")) for word in line.split() if word.rstrip(",%").replace(".", "").isdigit()]
-        for line in out.splitlines()
-    )
-    assert after < 0.4 * before and accuracy > 85
+def numbers(out: str) -> list[list[float]]:
+    words = [[word.rstrip(",%") for word in line.split()] for line in out.splitlines()]
+    return [[float(word) for word in line if word.replace(".", "").isdigit()] for line in words]
+
+
+def test_nnis_slim_pruning() -> None:
+    """With NNI's pruner, and with ours at the FLOPs that it ended with."""
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "nni_slim_pruning.py"), "--epochs", "4"]
+    share: list[str] = []
+    for options in (["--pruner", "slim"], ["--flops"]):
+        out = subprocess.run([*command, *options, *share], check=True, capture_output=True, text=True).stdout
+        (before, _), (after, _, flops), (accuracy,) = numbers(out)
+        assert after < 0.4 * before and accuracy > 85
+        assert not share or flops == pytest.approx(float(share[0]), rel=0.01)
+        share = [str(flops)]
 
 
 @pytest.mark.slow
