@@ -170,6 +170,16 @@ class Plan:
         """What the network costs that keeps these units (bool ``[units]``) of ``model``."""
         return self.measured(self.slim(model, units), model)
 
+    def with_budget(self, budget: Budget) -> Plan:
+        """The same groups, held to another budget: nothing is read or proved again.
+
+        Raises:
+            DNALError: for what is no budget, one that cannot be met, or a latency where none was measured.
+        """
+        check_limits(budget, self.channel_multiple)
+        objective = _objective(self.cost, budget, self.settings, self.limits)
+        return dataclasses.replace(self, budget=budget, objective=objective)
+
     def with_latencies(self, state: Mapping[str, Any]) -> Plan:
         """The same plan with the latencies that another process measured (``cost.latency_state()``)."""
         cost = copy.copy(self.cost)
