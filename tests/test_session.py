@@ -101,6 +101,17 @@ def test_gates_come_off_and_on_again(small: nn.Module, x: Tensor, batches: Batch
     assert measure(slim, x).flops / session.report.before.flops == pytest.approx(0.5, rel=0.06)
 
 
+def test_one_plan_serves_several_budgets(small: nn.Module, x: Tensor, batches: Batches) -> None:
+    plan = Plan.of(small, x)
+    dense = measure(small, x).flops
+    for share in (0.6, 0.4):
+        session = Session(small, plan.with_budget(Budget(flops=share)))
+        assert measure(run(session, small, batches), x).flops == pytest.approx(share * dense, abs=0.03 * dense)
+        session.detach()
+    with pytest.raises(DNALError, match="pass a Budget"):
+        plan.with_budget(0.5)  # type: ignore[arg-type]
+
+
 def test_a_plan_is_as_good_for_a_copy(small: nn.Module, x: Tensor) -> None:
     plan = Plan.of(small, x, selected={"conv1": Setting(), "stem": Setting(sparse_ratio=0.25)}, channel_multiple=2)
     assert [group.name for group in plan.active] == ["conv1"]  # conv2 goes with the stem
