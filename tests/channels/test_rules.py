@@ -165,3 +165,20 @@ def test_rows_written_between_labelled_rows(flow: Flow) -> None:
     values, _ = labelled(flow, torch.randn(1, 3), 1, "values")
     run(flow, torch.ops.aten.index_put.default, (x, [torch.tensor([4])], values), {})
     assert frozen(flow, rows)
+
+
+class Prefix(nn.Module):
+    """Tokens that are kept from an operation, of which there may be none (RoPE without a class token)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.first = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 4, 1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(torch.cat([x[..., : self.first], x[..., self.first :].relu()], 2))
+
+
+def test_a_slice_of_no_length_is_no_partner() -> None:
+    groups = find_groups(Prefix(), torch.randn(2, 3, 6))
+    assert [group.frozen for group in groups] == [None, "the model returns these channels"]

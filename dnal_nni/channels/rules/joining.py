@@ -86,8 +86,8 @@ def _side_by_side(
     axis = axis % op.out.dim()
     pieces: list[tuple[torch.Size, Tensor | None, Site]] = []  # shape as put side by side, labels there, site
     for tensor, labels in zip(tensors, op.labels):
-        if tensor.numel() == 0 and tensor.dim() == 1:
-            continue  # the empty start of a list that a forward concatenates to
+        if tensor.numel() == 0 and (tensor.dim() == 1 or tensor.shape[axis] == 0):
+            continue  # the empty start of a list that a forward concatenates to, or a slice of no length
         if labels is not None and len(labels.arrays) > 1:
             flow.freeze(labels, f"{op.name} of a tensor with several kinds of channels")
             labels = None

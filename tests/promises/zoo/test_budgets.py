@@ -7,12 +7,10 @@ pytest.importorskip("timm")
 from budgets import BUDGETS, NAMES, WITHIN, run_model  # noqa: E402
 from zoo_models import MODELS  # noqa: E402
 
-FAST = ("mobilenet_v3_small", "timm_pvt_v2_b0")
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_both_budgets_are_hit(name: str) -> None:
     left = run_model(MODELS[name])["left"]
     assert left == {str(budget): pytest.approx(budget, abs=WITHIN) for budget in BUDGETS}
