@@ -176,7 +176,7 @@ class Plan:
         Raises:
             DNALError: for what is no budget, one that cannot be met, or a latency where none was measured.
         """
-        check_limits(budget, self.channel_multiple)
+        check_budget(budget)
         objective = _objective(self.cost, budget, self.settings, self.limits)
         return dataclasses.replace(self, budget=budget, objective=objective)
 
@@ -248,10 +248,15 @@ def check_limits(budget: Any, channel_multiple: Any, verify_seconds: Any) -> Non
     """Raise for what is no budget, no multiple, or no time."""
     if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
         raise DNALError(f"channel_multiple={shown(channel_multiple)}: must be a whole number >= 1")
-    if budget is not None and not isinstance(budget, Budget):
-        raise DNALError(f"budget={shown(budget)}: pass a Budget, for example Budget(flops=0.5)")
+    check_budget(budget)
     if not isinstance(verify_seconds, (int, float)) or isinstance(verify_seconds, bool) or not verify_seconds > 0:
         raise DNALError(f"verify_seconds={shown(verify_seconds)}: give a number above 0")
+
+
+def check_budget(budget: Any) -> None:
+    """Raise for what is neither a budget nor None."""
+    if budget is not None and not isinstance(budget, Budget):
+        raise DNALError(f"budget={shown(budget)}: pass a Budget, for example Budget(flops=0.5)")
 
 
 def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:
