@@ -16,7 +16,7 @@ from typing import Any
 _PACKAGE = __name__.rpartition(".")[0]
 _NOW = {
     "adapters": ("modules.adapters",),
-    "attention": ("modules.attention",),
+    "attention": ("modules.attention", "modules.windows"),
     "bake": ("modules.bake",),
     "budget": ("budget", "search.objective"),
     "carry": ("surgery.optimizer",),

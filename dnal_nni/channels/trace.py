@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.layers import Layer, RMSNorm, layer_of
-from ..modules.running import call, flatten_tensors, hookable
+from ..modules.running import DispatchMode, call, flatten_tensors, hookable
 from .counting import Counting, counted
 from .counts import Equal, StoredSize
 from .flow import Flow, Labels, axes_of, lay
@@ -29,7 +28,7 @@ from .work import Work, note
 _CALLS = itertools.count()  # of modules, in all traces
 
 
-class Trace(TorchDispatchMode):
+class Trace(DispatchMode):
     """One or more runs of a model under which its coupling graph grows.
 
     Args:

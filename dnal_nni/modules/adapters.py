@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import nn
-from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
-from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from ..arguments import checked
 from ..errors import DNALError
-from .attention import (
-    SlimMultiheadAttention,
-    SlimRelativePositionalMultiHeadAttention,
-    SlimShiftedWindowAttention,
-    SlimShiftedWindowAttentionV2,
-    SlimTransformerEncoderLayer,
-)
+from .attention import SlimMultiheadAttention, SlimTransformerEncoderLayer
 from .norms import recognise
 
 _ORIGINAL = "_dnal_original_class"
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: SlimMultiheadAttention,
     nn.TransformerEncoderLayer: SlimTransformerEncoderLayer,
-    ShiftedWindowAttention: SlimShiftedWindowAttention,
-    ShiftedWindowAttentionV2: SlimShiftedWindowAttentionV2,
-    RelativePositionalMultiHeadAttention: SlimRelativePositionalMultiHeadAttention,
+}
+_OF_TORCHVISION = {  # which takes as long to import as torch itself: by name, until a model has one
+    "torchvision.models.swin_transformer.ShiftedWindowAttention",
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention",
 }
 
 
@@ -48,13 +44,19 @@ def register_adapter(original: type[nn.Module], replacement: type[nn.Module]) ->
     _REPLACEMENTS[original] = replacement
 
 
+def _replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if kind not in _REPLACEMENTS and f"{kind.__module__}.{kind.__name__}" in _OF_TORCHVISION:
+        _REPLACEMENTS[kind] = getattr(import_module(".windows", __package__), f"Slim{kind.__name__}")
+    return _REPLACEMENTS.get(kind)
+
+
 def adapt(model: nn.Module, *, revertible: bool = False) -> None:
     """Give the modules of ``model`` their replacement classes, in place; parameters stay the same objects.
 
     Norms under other names (:mod:`dnal_nni.modules.norms`) become what they compute.
     """
     for module in model.modules():
-        known = _REPLACEMENTS.get(type(module))
+        known = _replacement(type(module))
         replacement, attributes = (known, {}) if known is not None else recognise(module) or (None, {})
         if replacement is not None:
             if revertible:

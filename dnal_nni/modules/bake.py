@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .layers import Conv
+from .running import DispatchMode
 
 
-class _Capture(TorchDispatchMode):
+class _Capture(DispatchMode):
     """The weight that the first convolution is run with."""
 
     weight: Tensor | None = None

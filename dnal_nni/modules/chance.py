@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .running import DispatchMode
 
 # what a tensor is filled with, of the distribution's parameters
 _MEANS: dict[str, Callable[..., float]] = {
@@ -26,7 +27,7 @@ _MEANS: dict[str, Callable[..., float]] = {
 }
 
 
-class WithoutChance(TorchDispatchMode):
+class WithoutChance(DispatchMode):
     """Noise is its mean, dropout passes everything; other draws, such as orders, stay as they are."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..arguments import shown
 from ..errors import DNALError
@@ -115,6 +116,14 @@ def rejected(dummy_input: Any, error: Exception) -> str:
     elif isinstance(inputs, Tensor) and "orward()" not in why:
         what += f", {str(inputs.dtype).removeprefix('torch.')}, on {inputs.device}"
     return f"the model rejects the dummy_input{what}: {why}"
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that torch.compile knows nothing of: to tell it would import all of that, which takes as long as torch."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 @contextmanager

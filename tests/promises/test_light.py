@@ -40,3 +40,18 @@ def test_no_heavy_import(name: str, tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and (done.stdout or name == "a mistake"), done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_a_small_network_is_inspected_without_what_it_does_not_need(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))\n"
+    )
+    code = (
+        "import sys; from dnal_nni.cli import main\n"
+        "assert main(['inspect', 'mine:net', '--input', '1,3,8,8']) == 0\n"
+        "heavy = {'torchvision', 'torch._dynamo', 'nni', 'matplotlib', 'sympy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "can be cut" in done.stdout, done.stderr
