@@ -63,20 +63,23 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 def _class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class of modules of a kind with gates on some parameters, one for all of them."""
     if (kind, names) not in _classes:
-        members: dict[str, Any] = {name: _gated_parameter(name) for name in names}
+        members: dict[str, Any] = {name: _gated_parameter(kind, name) for name in names}
         members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "dnal_gated": names}
         _classes[kind, names] = type(kind.__name__, (Gated, kind), members)
         copyreg.pickle(_classes[kind, names], _reduced)  # it is made here: pickle finds it nowhere
     return _classes[kind, names]
 
 
-def _gated_parameter(name: str) -> property:
+def _gated_parameter(kind: type[nn.Module], name: str) -> property:
     slot = _SLOT + name
+    computed = vars(kind).get(name)  # as a copy that computes in float64 widens it
 
     def value(module: Any) -> Tensor:
         parameter = module._parameters.get(name)
         if parameter is None:
             raise AttributeError(name)  # somebody has taken it away: nn.Module says the rest
+        if isinstance(computed, property):
+            parameter = computed.__get__(module)
         gated: Tensor = module._modules[slot].forward(parameter)
         return gated
 

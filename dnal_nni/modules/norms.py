@@ -26,8 +26,11 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` normalised along ``axis``; same shape and dtype."""
-        y = F.layer_norm(x.movedim(self.axis, -1), self.weight.shape, self.weight, self.bias, self.eps)
-        return y.movedim(-1, self.axis)
+        y = x.movedim(self.axis, -1)
+        if y.shape[-1] == len(self.weight):
+            return F.layer_norm(y, self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, self.axis)
+        y = F.layer_norm(y, y.shape[-1:], None, None, self.eps) * self.weight  # what is written by hand broadcasts
+        return (y if self.bias is None else y + self.bias).movedim(-1, self.axis)
 
 
 class ChannelRMSNorm(RMSNorm if RMSNorm else nn.Module):  # type: ignore[misc]

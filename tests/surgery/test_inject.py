@@ -111,3 +111,21 @@ def test_a_network_without_layers_is_searched_and_meets_its_budget() -> None:
     slim = pruner.speedup()
     assert measure(slim, X).flops == pytest.approx(0.4 * before, rel=0.05)
     assert pruner.report.relative_diff < 1e-9 and slim[0].weight.shape[0] < 16
+
+
+class Borrowed(nn.Module):
+    """BEiT reads the weight of a linear layer by itself; here it is large: the proof does not hold it in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 320), nn.Linear(320, 320), nn.Linear(320, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.linear(self.a(x).relu(), self.b.weight, self.b.bias).relu())
+
+
+def test_large_weights_that_are_read_by_themselves() -> None:
+    net, x = Borrowed(), torch.randn(2, 3)
+    groups = find_groups(net, x)
+    verify_and_freeze(net, groups, x, 60)
+    assert [group.frozen for group in groups] == [None, None, "the model returns these channels"]
