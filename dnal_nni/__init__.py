@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .budget import Budget as Budget
     from .budget import Complexity as Complexity
     from .channels.rules.registry import register_rule as register_rule
+    from .compression import compress as compress
     from .cost.count import measure as measure
     from .errors import DNALError as DNALError
     from .modules.adapters import register_adapter as register_adapter
@@ -30,6 +31,7 @@ _HOME = {
     "DNALError": "errors",
     "DNALPruner": "plugin.pruner",
     "DNALStrategy": "plugin.strategies.dnal",
+    "compress": "compression",
     "load_compressed": "storage.compressed",
     "measure": "cost.count",
     "register_adapter": "modules.adapters",

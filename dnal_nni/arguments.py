@@ -113,6 +113,8 @@ def shown(value: Any) -> str:
         return f"{repr(type(value)())[0]}{', '.join(said)}{repr(type(value)())[1]}"
     if type(value).__module__ == "builtins" or isinstance(value, os.PathLike):
         text = " ".join(repr(value).split())
+        if text.startswith("<"):  # <generator object ... at 0x...>
+            return _a(type(value).__name__)
         return text if len(text) <= 60 else f"{text[:57]}..."
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     what = f"{'' if dtype is None else str(dtype).removeprefix('torch.') + ' '}{type(value).__name__}"

@@ -75,12 +75,22 @@ def names_of(old: str) -> Callable[[str], Any]:
     return find
 
 
+class _Compress(ModuleType):
+    """The old module ``compress``: once it is imported it stands where the function of that name does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module(f"{_PACKAGE}.compression").compress(*args, **kwargs)
+
+
 class _Old(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, old = fullname.rpartition(".")
         return ModuleSpec(fullname, self) if package == _PACKAGE and old in _NOW else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return _Compress(spec.name) if spec.name == f"{_PACKAGE}.compress" else None
 
     def exec_module(self, module: ModuleType) -> None:
         find = names_of(module.__name__.rpartition(".")[2])

@@ -210,10 +210,10 @@ def _config(path: Path) -> dict[str, Any]:
     if path.suffix == ".toml" and sys.version_info < (3, 11):
         raise DNALError(f"{path}: TOML needs Python 3.11; write the same as JSON")
     kind = "TOML" if path.suffix == ".toml" else "JSON"
-    with told(f"{path} cannot be read", OSError):
-        data = path.read_bytes()
+    with told(f"{path} cannot be read", (OSError, UnicodeError)):
+        text = path.read_text()
     try:
-        options = importlib.import_module("tomllib" if kind == "TOML" else "json").loads(data.decode())
+        options = importlib.import_module("tomllib" if kind == "TOML" else "json").loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None)
         raise DNALError(f"{path} is no {kind}{f': see its line {line}' if line else ''}") from error

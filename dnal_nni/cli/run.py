@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import itertools
-import math
 import random
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
-from ..cost.latency import latencies
+from ..compression import NOTHING_DONE, Compression
 from ..errors import DNALError, told
-from ..modules.layers import mixing
 from ..modules.running import FORWARD_ERRORS
-from ..progress import logger, phase
+from ..plan import Plan
+from ..progress import logger
 from ..report.record import Report
+from ..session import Session
 from ..storage.compressed import load_compressed, save_compressed
 from ..storage.reports import REPORT, read_report
 from ..storage.state import load_state, save_state, under_own_names
@@ -36,12 +31,7 @@ from .data import each, loaders
 from .settings import Settings
 from .targets import load_target, load_weights
 
-if TYPE_CHECKING:
-    from ..plugin.pruner import DNALPruner
-
-
 CHECKPOINT, PAGE, NETWORK = "checkpoint.safetensors", "report.html", "slim.safetensors"
-RECALIBRATION_BATCHES, WARM_UP = 50, 0.05
 _FREE = ("out", "device", "workers", "tensorboard")  # may differ where a run goes on
 
 
@@ -73,8 +63,8 @@ def compress(settings: Settings, command: str | None = None) -> Report:
         _check_same(settings, state["settings"], out / CHECKPOINT)
     logger.info("%s: at the beginning" if state is None else "%s: taken up where it was left", out)
     run = Run(settings, state)
-    report = run.finetune(*run.search())
-    report.command, report.settings, report.notes = command, settings.to_dict(), [*report.notes, *run.notes]
+    report = run.compress()
+    report.command, report.settings, report.notes = command, settings.to_dict(), [*run.notes, *report.notes]
     save_compressed(run.slim, out / NETWORK, report)
     write_whole(out / PAGE, lambda path: path.write_text(report.to_html()))
     write_whole(finished, lambda path: path.write_text(report.to_json() + "\n"))
@@ -105,7 +95,7 @@ class Run:
     """The stages of one run."""
 
     def __init__(self, settings: Settings, state: dict[str, Any] | None) -> None:
-        self.settings, self.state = settings, state or {"stage": "search", "epoch": 0, "seconds": 0.0}
+        self.settings, self.state = settings, state or {"stage": "search", **NOTHING_DONE}
         self.device = _device(settings.device)
         seed_everything(settings.seed)
         with told(f"{settings.data} cannot be used"):
@@ -164,128 +154,60 @@ class Run:
         return outputs
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module, bar: bool = True) -> float | None:
-        """Top-1 in per cent, or None without data to test on."""
-        if self.test is None:
-            return None
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 in per cent, on the data to test on."""
+        assert self.test is not None
         model.eval()
         right = total = 0
         batches = each(self.test, self.settings.data)
-        shown = tqdm(batches, desc="test", total=len(self.test), unit="batch", leave=False, disable=not bar)
+        shown = tqdm(batches, desc="test", total=len(self.test), unit="batch", leave=False)
         for inputs, labels in shown:
             inputs, labels = inputs.to(self.device), labels.to(self.device)
             right += int((self.scores(model, inputs, labels).argmax(1) == labels).sum())
             total += len(labels)
         return 100 * right / max(total, 1)
 
-    def search(self) -> tuple[Report, float]:
-        """Search and cut; the report so far, and the seconds of fine-tuning that have been spent already."""
-        from ..plugin.pruner import DNALPruner
+    def stages(self) -> Compression:
+        """What is done, on the data, with a checkpoint after every epoch."""
+        settings = self.settings
+        rates = {1: settings.lr, 3: settings.finetune_lr}
 
-        settings, state, slim_file = self.settings, self.state, self.settings.out / NETWORK
-        if state["stage"] == "finetune":
-            self.slim = load_compressed(self.model(), slim_file)
-            return read_report(slim_file), state["seconds"]
-        model = self.model()
-        before = state["accuracy"] if "accuracy" in state else self.accuracy(model)
-        optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4)
-        kinds = {type(m).__name__ for m in model.modules() if mixing(m)}
-        config = [{"op_types": sorted(kinds)}]
-        limits, graph = settings.budget(), settings.graph
-        pruner = DNALPruner(model, config, dummy_input=self.dummy_input, budget=limits, graph=graph)
-        if state["epoch"] > 0:
-            model.load_state_dict(under_own_names(state["model"], model.state_dict()))
-            optimizer.load_state_dict(state["optimizer"])
-            pruner.load_state_dict(state["pruner"])
-        seconds = state["seconds"]
-        with pruner.search(settings.search_epochs * len(self.train), optimizer=optimizer) as search:
-            for epoch in range(state["epoch"], settings.search_epochs):
-                start = time.perf_counter()
-                model.train()
-                for inputs, labels in self.batches(1, epoch):
-                    search.step(F.cross_entropy(self.scores(model, inputs, labels), labels))
-                seconds += time.perf_counter() - start
-                self.save(
-                    stage="search",
-                    epoch=epoch + 1,
-                    seconds=seconds,
-                    accuracy=before,
-                    model=model.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    pruner=pruner.state_dict(),
-                )
-        return self.cut(pruner, before, seconds), 0.0
+        return Compression(
+            batches=self.batches,
+            steps=len(self.train),
+            loss=lambda model, batch: F.cross_entropy(self.scores(model, *batch), batch[1]),
+            validate=self.accuracy if self.test is not None else None,
+            optimizer=lambda parameters, stage: torch.optim.SGD(
+                parameters, rates[stage], momentum=0.9, weight_decay=1e-4
+            ),
+            search_epochs=settings.search_epochs,
+            epochs=settings.epochs,
+            keep_best=settings.keep_best,
+            remedy=f"lower --finetune-lr; {settings.out / CHECKPOINT} is of the epoch before",
+        )
 
-    def cut(self, pruner: DNALPruner, before: float | None, seconds: float) -> Report:
-        self.slim = pruner.speedup()
-        with phase("estimating the norms' statistics anew"):
-            update_bn(itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES), self.slim)
-        report = pruner.report
-        report.seconds["search"] = seconds
-        pruner.unwrap_model()  # the dense network as it was
-        with phase("measuring the latency"):
-            dense, slim = latencies([pruner.bound_model, self.slim], self.dummy_input)
-        report.latency_ms = (dense, slim)
-        after = self.accuracy(self.slim)
-        if before is not None and after is not None:
-            report.accuracy, report.accuracy_cut = (before, after), after if self.settings.epochs else None
-        save_compressed(self.slim, self.settings.out / NETWORK, report)
-        self.save(stage="finetune", epoch=0, seconds=0.0)
-        return report
-
-    def finetune(self, report: Report, seconds: float) -> Report:
-        settings, state, slim = self.settings, self.state, self.slim
-        optimizer = torch.optim.SGD(slim.parameters(), settings.finetune_lr, momentum=0.9, weight_decay=1e-4)
-        steps = settings.epochs * len(self.train)
-        schedule = OneCycleLR(optimizer, settings.finetune_lr, steps + 1, pct_start=WARM_UP, cycle_momentum=False)
-        done = state["epoch"] if "schedule" in state else 0  # version 0.1 kept none: fine-tuning begins anew
-        best: dict[str, Any] | None = None
-        if done > 0:
-            slim.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            best = state["best"]
-        bar = tqdm(total=steps, initial=done * len(self.train), desc="fine-tune", unit="step")
-        with contextlib.closing(bar):
-            for epoch in range(done, settings.epochs):
-                start = time.perf_counter()
-                slim.train()
-                for inputs, labels in self.batches(3, epoch):
-                    loss = F.cross_entropy(self.scores(slim, inputs, labels), labels)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    bar.update()
-                if not math.isfinite(float(loss.detach())):
-                    raise DNALError(
-                        f"the loss is nan or infinite in epoch {epoch + 1} of fine-tuning: lower --finetune-lr; "
-                        f"{settings.out / CHECKPOINT} is of the epoch before"
-                    )
-                if settings.keep_best:
-                    accuracy = self.accuracy(slim, bar=False)
-                    if best is None or accuracy > best["accuracy"]:
-                        best = {"epoch": epoch + 1, "accuracy": accuracy, "model": copy.deepcopy(slim.state_dict())}
-                seconds += time.perf_counter() - start
-                self.save(
-                    stage="finetune",
-                    epoch=epoch + 1,
-                    seconds=seconds,
-                    model=slim.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    schedule=schedule.state_dict(),
-                    best=best,
-                )
-        if best is not None:
-            slim.load_state_dict(best["model"])
-            self.notes.append(
-                f"of {settings.epochs} epochs of fine-tuning the best was kept, {best['epoch']}: best on the data that "
-                "the accuracy is of, which flatters it"
-            )
-        report.seconds["finetune"] = seconds
-        after = self.accuracy(slim)
-        if report.accuracy is not None and after is not None:
-            report.accuracy = (report.accuracy[0], after)
+    def compress(self) -> Report:
+        """Search, cut and fine-tune, or what is left of it; ``self.slim`` is the network."""
+        settings, slim_file, stages = self.settings, self.settings.out / NETWORK, self.stages()
+        if self.state["stage"] == "finetune":
+            self.slim, report = load_compressed(self.model(), slim_file), read_report(slim_file)
+        else:
+            model = self.model()
+            before = self.state.get("accuracy")
+            if before is None and self.test is not None:
+                before = self.accuracy(model)
+            limits, graph = settings.budget(), settings.graph
+            session = Session(model, Plan.of(model, self.dummy_input, budget=limits, graph=graph))
+            stages = dataclasses.replace(stages, save=lambda state: self.save(stage="search", accuracy=before, **state))
+            if self.state["epoch"] > 0:
+                own = model.state_dict()
+                self.state["model"] = under_own_names(self.state["model"], own)
+            seconds = stages.search(session, self.state)
+            self.slim, report = stages.cut(session, before, seconds)
+            save_compressed(self.slim, slim_file, report)
+            self.save(stage="finetune", **NOTHING_DONE)
+        stages = dataclasses.replace(stages, save=lambda state: self.save(stage="finetune", **state))
+        stages.finetune(self.slim, report, self.state)
         return report
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..arguments import nearest, shown
 from ..errors import DNALError
 from ..modules.layers import layer_of
-from ..search.settings import VALUES, Setting
+from ..search.settings import VALUES, Setting, excluded
 
 RATIOS = ("sparse_ratio", "max_sparse_ratio", "min_sparse_ratio")
 SELECT = ["op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"]
@@ -117,6 +117,12 @@ def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str
         raise DNALError(f"{where}: min_sparse_ratio={low} is above max_sparse_ratio={high}: exchange them")
     if config.get("sparse_ratio") is not None and config.get("sparse_threshold") is not None:
         raise DNALError(f"{where}: give sparse_ratio or sparse_threshold, not both")
+
+
+def without(model: nn.Module, config_list: Sequence[Mapping[str, Any]], exclude: Any) -> list[dict[str, Any]]:
+    """The config_list where these layers (names, or modules of the model) are excluded, with everything in them."""
+    key, names = "exclude_op_names", excluded(model, exclude)
+    return [{**config, **({key: [*config.get(key, ()), *names]} if names else {})} for config in config_list]
 
 
 def split_config(

@@ -33,6 +33,9 @@ from .evaluators import check_evaluator, example_input, search_within
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
 from .wrappers import leave_wrapped_norms, plain_names, without_wrappers
 
+# arguments of the constructor whose own checks say more than their types do
+_SAID_BETTER = "model config_list evaluator budget preset lambda_ arch_lr channel_multiple graph importance".split()
+_SAID_BETTER += ["exclude"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,7 +53,21 @@ def _handed_on(
     return handed_on
 
 
-class DNALPruner(Pruner):
+class _OwnSchedule(Pruner):
+    """What NNI asks of a pruner that has one training, alone or with other compressors, and no schedule of NNI's."""
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        self._fusion_compress(max_steps, max_epochs)
+
+    @property
+    def interval_steps(self) -> NoReturn:
+        """Not for NNI's scheduled pruners: DNAL grows delta and tightens the budget by itself."""
+        raise DNALError("DNALPruner has its own schedule: use it by itself, not inside AGPPruner or LinearPruner")
+
+    total_times = interval_steps
+
+
+class DNALPruner(_OwnSchedule):
     """Learns which channels a trained network needs, and removes the others.
 
     In several processes (``torch.distributed``), every one makes the same calls; all go by what rank 0 finds.
@@ -81,13 +98,14 @@ class DNALPruner(Pruner):
             "torch-pruning": such a graph is built, of a copy.
         importance: a criterion of torch-pruning, such as ``tp.importance.MagnitudeImportance()``, that the scores of
             the default search start from; None: the norms of the weights.
+        exclude: layers that keep all their outputs, with everything in them: names, or the modules themselves.
         existed_wrappers: NNI's wrappers of another compressor; given by :meth:`from_compressor`.
 
     Raises:
         DNALError: for anything the caller can mend; the model is then as it was.
     """
 
-    @checked_but(*"model config_list evaluator budget preset lambda_ arch_lr channel_multiple graph importance".split())
+    @checked_but(*_SAID_BETTER)
     def __init__(
         self,
         model: nn.Module,
@@ -104,6 +122,7 @@ class DNALPruner(Pruner):
         verify_seconds: float = 60.0,
         graph: Graph = None,
         importance: Criterion | None = None,
+        exclude: Sequence[str | nn.Module] = (),
         existed_wrappers: dict[str, Any] | None = None,
     ) -> None:
         method = Method(preset, lambda_, arch_lr, importance)
@@ -114,7 +133,7 @@ class DNALPruner(Pruner):
         if evaluator is not None:
             check_evaluator(evaluator, model)
         self._inherited: dict[str, Any] | None = None  # no wrapping yet
-        for_nni, selected = selection.split_config(model, config_list)
+        for_nni, selected = selection.split_config(model, selection.without(model, config_list, exclude))
         try:
             super().__init__(model, for_nni, evaluator)
         except (AssertionError, KeyError, SchemaError) as error:
@@ -236,9 +255,6 @@ class DNALPruner(Pruner):
         model, masks = super().compress(max_steps, max_epochs)
         return model, masks
 
-    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        self._fusion_compress(max_steps, max_epochs)
-
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if self.evaluator is None:
             raise DNALError("compress() needs an evaluator: DNALPruner(model, config_list, evaluator), or use search()")
@@ -267,13 +283,6 @@ class DNALPruner(Pruner):
 
     def _get_param_names_map(self) -> dict[str, str]:
         return plain_names(self.bound_model)
-
-    @property
-    def interval_steps(self) -> NoReturn:
-        """Not for NNI's scheduled pruners: DNAL grows delta and tightens the budget by itself."""
-        raise DNALError("DNALPruner has its own schedule: use it by itself, not inside AGPPruner or LinearPruner")
-
-    total_times = interval_steps
 
     def get_masks(self) -> dict[str, dict[str, Tensor]]:
         """NNI masks of the selected layers, as they were left by :meth:`harden`; ones before that."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import nearest, shown
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError
 from ..modules.layers import Norm
@@ -128,3 +129,34 @@ def pools(settings: Sequence[Setting], sizes: Sequence[int], within: Limits) -> 
         for i in where:
             pool_of[i] = pool
     return kept, pool_of
+
+
+def all_but(model: nn.Module, exclude: Any) -> dict[str, Setting]:
+    """What a search may cut, where everything may lose outputs but these layers, and what is in them; by name.
+
+    Args:
+        model: the model.
+        exclude: names, or modules of the model.
+
+    Raises:
+        DNALError: one of them is not in the model.
+    """
+    kept = set(excluded(model, exclude))
+    # a norm stands for the layers ahead of it, which may be one of these
+    may = [name for name, module in model.named_modules() if not kept or not isinstance(module, Norm)]
+    return {name: Setting() for name in may if name not in kept}
+
+
+def excluded(model: nn.Module, exclude: Any) -> list[str]:
+    """The names of these layers (names, or modules themselves), and of everything in them."""
+    if isinstance(exclude, (str, nn.Module)) or not isinstance(exclude, Iterable):
+        raise DNALError(f"exclude={shown(exclude)}: give a list of names or modules, as [model.fc]")
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+    found = []
+    for entry in exclude:
+        own = [name for name, module in names.items() if name == entry or module is entry]
+        if not own:
+            near = nearest(entry, names) if isinstance(entry, str) else ": give one of its own modules, or a name"
+            raise DNALError(f"exclude: {shown(entry)} is no layer of the model{near}")
+        found += [name for name in names for top in own if name == top or name.startswith(f"{top}.") or not top]
+    return list(dict.fromkeys(found))

@@ -137,12 +137,12 @@ def quoted(path: Path) -> bytes:
 def test_interrupted_it_says_how_to_go_on(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dnal_nni.cli.run
+    import dnal_nni.compression
 
     def interrupt(*args: Any, **others: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dnal_nni.cli.run, "OneCycleLR", interrupt)
+    monkeypatch.setattr(dnal_nni.compression, "OneCycleLR", interrupt)
     assert compress("--data", "mydata:loaders") == 130
     assert "interrupted; the same command goes on from its last epoch" in capsys.readouterr().err
     assert (work / "run" / CHECKPOINT).exists() and not (work / "run" / REPORT).exists()
@@ -189,7 +189,7 @@ WRONG = {
     "no classes": (["--data", "mydata:float_labels"], r"gives labels of torch.float32 and shape \[4\]"),
     "too many classes": (["--data", "mydata:too_many_classes"], "the data have a class 6, the network only 3 scores"),
     "nan": (["--data", "mydata:nan"], "no finite number for the dummy_input"),
-    "percent": ([*D, "--flops", "50"], r"Budget\(flops=50\): 50 %\? write 0.5"),
+    "percent": ([*D, "--flops", "50"], r"--flops 50: 50 %\? write 0.5"),
     "more than there is": ([*D, "--flops", "1e9"], r"Budget\(flops=1000000000\) is more than the model has \(50736\)"),
     "no budget": ([*D, "--flops", "nan"], "--flops nan: give a number above 0: up to 1 the fraction to keep"),
     "a budget in words": ([*D, "--params", "half"], "--params half: give a number above 0"),
@@ -326,7 +326,7 @@ def test_the_target_may_come_last(work: Path) -> None:
     [
         (["--flops", "0.7", "0.5", "--params", "0.7", "0.5"], "--flops and --params have several numbers each"),
         (["--flops", "0.7", "half"], "--flops half: give a number above 0"),
-        (["--flops", "0.7", "50"], r"Budget\(flops=50\): 50 %"),
+        (["--flops", "0.7", "50"], r"--flops 50: 50 %"),
     ],
 )
 def test_several_budgets_are_looked_at_first(limits: list[str], said: str, capsys: Any) -> None:

@@ -1,0 +1,352 @@
+"""From a trained model, a loader and a loss to the smaller network: search, cut, fine-tuning. No NNI here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
+
+from .arguments import checked_but, shown
+from .budget import Budget
+from .cost.latency import latencies
+from .errors import DNALError, told
+from .modules.given import check_model
+from .modules.running import FORWARD_ERRORS
+from .plan import Plan
+from .progress import phase
+from .report.record import Report
+from .search.settings import all_but
+from .session import Session
+
+RECALIBRATION_BATCHES, WARM_UP = 50, 0.05
+_OWN_LOOP = "for batches of another form, write the loop yourself, with DNALPruner and pruner.search()"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compression:
+    """The stages of a compression; each can begin at an epoch that another process came to.
+
+    Attributes:
+        batches: from a stage (1 the search, 2 the norms' statistics, 3 fine-tuning) and an epoch to its batches.
+        steps: batches of an epoch.
+        loss: from a model and a batch to the loss, 0-d.
+        validate: from a model to how good it is, in per cent, more is better; None: nobody knows.
+        optimizer: from parameters and a stage to their optimizer.
+        search_epochs: of the search, in which the weights learn too.
+        epochs: of fine-tuning; its learning rate rises to the optimizer's own and falls to 0 (``OneCycleLR``).
+        keep_best: keep the epoch of fine-tuning that validates best, not the last.
+        save: called with the state (tensors, numbers, strings) after every epoch.
+        progress: show bars.
+        remedy: what to do where fine-tuning diverges.
+    """
+
+    batches: Callable[[int, int], Iterator[Any]]
+    steps: int
+    loss: Callable[[nn.Module, Any], Tensor]
+    validate: Callable[[nn.Module], float] | None
+    optimizer: Callable[[Iterator[nn.Parameter], int], Optimizer]
+    search_epochs: int
+    epochs: int
+    keep_best: bool = False
+    save: Callable[[dict[str, Any]], None] = lambda state: None
+    progress: bool = True
+    remedy: str = "lower lr"
+
+    def search(self, session: Session, state: Mapping[str, Any]) -> float:
+        """Search from the epoch of ``state`` on; the seconds of all epochs."""
+        model, seconds = session.model, float(state["seconds"])
+        optimizer = self.optimizer(model.parameters(), 1)
+        if state["epoch"] > 0:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            session.load_state_dict(state["pruner"])
+        with session.search(self.search_epochs * self.steps, optimizer=optimizer, progress=self.progress) as search:
+            for epoch in range(state["epoch"], self.search_epochs):
+                start = time.perf_counter()
+                model.train()
+                for batch in self.batches(1, epoch):
+                    search.step(self.loss(model, batch))
+                seconds += time.perf_counter() - start
+                tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                self.save({"epoch": epoch + 1, "seconds": seconds, "pruner": session.state_dict(), **tensors})
+        return seconds
+
+    def cut(self, session: Session, before: float | None, seconds: float) -> tuple[nn.Module, Report]:
+        """Cut what was searched, and estimate its norms' statistics anew; the dense model is then as it was.
+
+        Args:
+            session: behind its search.
+            before: what ``validate`` said of the dense model.
+            seconds: that the search took.
+        """
+        slim = session.speedup()
+        with phase("estimating the norms' statistics anew"):
+            batches = itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES)
+            update_bn(((batch[0],) for batch in batches), slim)
+        report = session.report
+        report.seconds["search"] = seconds
+        session.detach()
+        with phase("measuring the latency"):
+            dense_ms, slim_ms = latencies([session.model, slim], session.plan.dummy_input)
+        report.latency_ms = (dense_ms, slim_ms)
+        if before is not None and self.validate is not None:
+            after = self.validate(slim)
+            report.accuracy, report.accuracy_cut = (before, after), after if self.epochs else None
+        return slim, report
+
+    def finetune(self, slim: nn.Module, report: Report, state: Mapping[str, Any]) -> None:
+        """Fine-tune in place from the epoch of ``state`` on, and write into the report what came of it.
+
+        Raises:
+            DNALError: the loss is NaN or infinite at the end of an epoch.
+        """
+        optimizer = self.optimizer(slim.parameters(), 3)
+        steps, seconds, best = self.epochs * self.steps, float(state["seconds"]), None
+        highest = [group["lr"] for group in optimizer.param_groups]
+        schedule = OneCycleLR(optimizer, highest, steps + 1, pct_start=WARM_UP, cycle_momentum=False)
+        done = state["epoch"] if "schedule" in state else 0  # version 0.1 kept none: fine-tuning begins anew
+        if done > 0:
+            slim.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            best = state["best"]
+        hidden = not self.progress or not self.epochs
+        bar = tqdm(total=steps, initial=done * self.steps, desc="fine-tune", unit="step", disable=hidden)
+        with contextlib.closing(bar):
+            for epoch in range(done, self.epochs):
+                start = time.perf_counter()
+                slim.train()
+                for batch in self.batches(3, epoch):
+                    loss = self.loss(slim, batch)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
+                if not math.isfinite(float(loss.detach())):
+                    raise DNALError(f"the loss is nan or infinite in epoch {epoch + 1} of fine-tuning: {self.remedy}")
+                if self.keep_best and self.validate is not None:
+                    accuracy = self.validate(slim)
+                    if best is None or accuracy > best["accuracy"]:
+                        best = {"epoch": epoch + 1, "accuracy": accuracy, "model": copy.deepcopy(slim.state_dict())}
+                seconds += time.perf_counter() - start
+                learned = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "best": best}
+                self.save({"epoch": epoch + 1, "seconds": seconds, "model": slim.state_dict(), **learned})
+        if best is not None:
+            slim.load_state_dict(best["model"])
+            report.notes.append(
+                f"of {self.epochs} epochs of fine-tuning the best was kept, {best['epoch']}: best on the data that the "
+                "accuracy is of, which flatters it"
+            )
+        report.seconds["finetune"] = seconds
+        if report.accuracy is not None and self.validate is not None:
+            report.accuracy = (report.accuracy[0], self.validate(slim))
+
+
+NOTHING_DONE: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
+"""The state of a stage at its beginning."""
+
+
+@checked_but("model", "budget", "exclude")
+def compress(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: Callable[..., Any] | None = None,
+    *,
+    budget: Budget,
+    validate: Iterable[Any] | Callable[[nn.Module], float] | None = None,
+    search_epochs: int = 3,
+    epochs: int = 10,
+    lr: float = 0.01,
+    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+    keep_best: bool = False,
+    exclude: Sequence[str | nn.Module] = (),
+    channel_multiple: int = 1,
+    verify_seconds: float = 60.0,
+    dummy_input: Any = None,
+    progress: bool = True,
+) -> tuple[nn.Module, Report]:
+    """Make a trained model smaller in one call: search its widths, cut it to the budget, fine-tune what is left.
+
+    The weights learn in the search too. Random numbers are torch's: ``torch.manual_seed`` ahead of the call. All runs
+    on the device that ``model`` is on. ``dnal compress`` does the same from the command line, with checkpoints.
+
+    Args:
+        model: the trained network; afterwards it is as it was.
+        loader: batches ``(inputs, targets)``, with a length, as a DataLoader: what the model was trained on.
+        loss: of what the model returns and the targets of a batch, 0-d; None: cross entropy.
+        budget: what the network may cost in the end.
+        validate: data of the same form, for the accuracy (top-1, in per cent) in the report; or a function from a model
+            to a number of your own, in its place, more is better.
+        search_epochs: passes over the data in the search.
+        epochs: passes over the data in fine-tuning; 0: you do that yourself.
+        lr: learning rate of SGD with momentum in the search, and its highest in fine-tuning.
+        optimizer: from parameters to their optimizer, in place of that:
+            ``lambda parameters: torch.optim.AdamW(parameters, 1e-3)``.
+        keep_best: keep the epoch of fine-tuning that validates best, not the last.
+        exclude: layers that keep all their outputs, with everything in them: names, or the modules themselves.
+        channel_multiple: channels that layers keep come in multiples of this number, or whole.
+        verify_seconds: time limit for proving what can be cut; what is not compared by then stays whole.
+        dummy_input: what FLOPs are counted for; None: the first input of the data.
+        progress: show bars.
+
+    Returns:
+        the smaller network, an ordinary module, and the report.
+
+    Raises:
+        DNALError: for anything the caller can mend; the model is then as it was.
+    """
+    check_model(model)
+    if not isinstance(budget, Budget):
+        raise DNALError(f"compress(budget=...) is {shown(budget)}: give a Budget, for example Budget(flops=0.5)")
+    for name, value, least in (("search_epochs", search_epochs, 1), ("epochs", epochs, 0)):
+        if value < least:
+            raise DNALError(f"compress({name}={value}): give a whole number of at least {least}")
+    if not lr > 0:
+        raise DNALError(f"compress(lr={lr!r}): give a number above 0")
+    if keep_best and validate is None:
+        raise DNALError("compress(keep_best=True) needs to know which epoch is best: give validate=")
+    device = next(model.parameters()).device
+    data, measured = _Data("loader", loader, device), loss or F.cross_entropy
+    training = [(module, module.training) for module in model.modules()]
+    session: Session | None = None
+    try:
+        with torch.random.fork_rng(devices=[]):  # looking at the data uses up none
+            example = data.first()
+        stages = Compression(
+            batches=lambda stage, epoch: data.batches(),
+            steps=data.steps(),
+            loss=lambda model, batch: measured(_run(model, batch[0]), batch[1]),
+            validate=_validation(validate, device),
+            optimizer=lambda parameters, stage: _optimizer(parameters, lr, optimizer),
+            search_epochs=search_epochs,
+            epochs=epochs,
+            keep_best=keep_best,
+            progress=progress,
+        )
+        plan = Plan.of(
+            model,
+            example[0][:1] if dummy_input is None else dummy_input,
+            budget=budget,
+            selected=all_but(model, exclude),
+            channel_multiple=channel_multiple,
+            verify_seconds=verify_seconds,
+        )
+        before = None if stages.validate is None else stages.validate(model)
+        session = Session(model, plan)
+        seconds = stages.search(session, NOTHING_DONE)
+        slim, report = stages.cut(session, before, seconds)
+        stages.finetune(slim, report, NOTHING_DONE)
+    finally:
+        if session is not None:
+            session.detach()
+        for module, mode in training:
+            module.training = mode
+    for module in slim.modules():
+        module.training = model.training
+    return slim, report
+
+
+class _Data:
+    """Somebody's batches ``(inputs, targets)``, on the device of the model."""
+
+    def __init__(self, name: str, loader: Iterable[Any], device: torch.device) -> None:
+        self.name, self.loader, self.device = name, loader, device
+
+    def steps(self) -> int:
+        """How many batches an epoch has."""
+        try:
+            steps = len(self.loader)  # type: ignore[arg-type]
+            if isinstance(self.loader, (str, Mapping)):
+                raise TypeError
+        except TypeError:
+            raise DNALError(
+                f"compress({self.name}=...) is {shown(self.loader)}: give a DataLoader, or a list of batches; a "
+                "generator has no length, and is used up by its first epoch"
+            ) from None
+        if steps == 0:
+            raise DNALError(f"compress({self.name}=...) gives no batch: it has fewer examples than one batch")
+        return steps
+
+    def batches(self) -> Iterator[tuple[Tensor, Any]]:
+        """One epoch."""
+        for batch in self.loader:
+            pair = isinstance(batch, (list, tuple)) and len(batch) == 2
+            if not (pair and all(isinstance(part, Tensor) for part in batch)):
+                raise DNALError(
+                    f"compress({self.name}=...) gives {shown(batch)}, and should give (inputs, targets), two tensors; "
+                    f"{_OWN_LOOP}"
+                )
+            yield batch[0].to(self.device), batch[1].to(self.device)
+
+    def first(self) -> tuple[Tensor, Any]:
+        """The first batch, and an error where there is none."""
+        self.steps()
+        return next(self.batches())
+
+
+def _run(model: nn.Module, inputs: Tensor) -> Any:
+    with told(f"the model rejects a batch of the loader ({shown(inputs)})", FORWARD_ERRORS):
+        return model(inputs)
+
+
+def _optimizer(
+    parameters: Iterator[nn.Parameter], lr: float, make: Callable[[Iterator[nn.Parameter]], Optimizer] | None
+) -> Optimizer:
+    if make is None:
+        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
+    made = make(parameters)
+    if not isinstance(made, Optimizer):
+        raise DNALError(f"compress(optimizer=...) returns {shown(made)}: return an optimizer of the given parameters")
+    return made
+
+
+def _validation(
+    validate: Iterable[Any] | Callable[[nn.Module], float] | None, device: torch.device
+) -> Callable[[nn.Module], float] | None:
+    """How good a model is: what the user's function says, or the top-1 accuracy on the user's data."""
+    if validate is None:
+        return None
+    if callable(validate):
+        return lambda model: _number(validate(model))
+    data = _Data("validate", validate, device)
+    data.steps()
+    return lambda model: accuracy(model, data.batches())
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = float(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise DNALError(f"compress(validate=...) returns {shown(value)}: return a number, more is better")
+    return float(value)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 in per cent, in eval mode."""
+    right, total = 0, 0
+    model.eval()
+    for inputs, targets in batches:
+        outputs = _run(model, inputs)
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
+            raise DNALError(
+                f"the accuracy is of scores [batch, classes] and classes [batch], and not of {shown(outputs)} and "
+                f"{shown(targets)}: give validate=f, a function from a model to a number"
+            )
+        right += int((outputs.argmax(1) == targets).sum())
+        total += len(targets)
+    return 100 * right / max(total, 1)

@@ -1,0 +1,129 @@
+"""The one call for those with a loader and a loss."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONV, Small
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dnal_nni import Budget, DNALError, DNALPruner, compress, measure
+
+HALF = Budget(flops=0.5)
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return tensors | {f"{name} ({type(module).__name__})": module.training for name, module in model.named_modules()}
+
+
+def same(a: dict[str, object], b: dict[str, object]) -> bool:
+    return a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a if isinstance(a[name], Tensor))
+
+
+def test_digits_from_a_loader_and_a_loss() -> None:
+    """A real data set, trained here: half of the FLOPs are left, and the digits are read."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    data = TensorDataset(images, torch.tensor(digits.target))
+    train, test = torch.utils.data.random_split(data, [1500, 297])
+    loader, held_out = DataLoader(train, 50, shuffle=True), DataLoader(test, 99)
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(3):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    before = state(model)
+    slim, report = compress(
+        model,
+        loader,
+        nn.CrossEntropyLoss(),
+        budget=HALF,
+        validate=held_out,
+        lr=0.05,
+        search_epochs=2,
+        epochs=2,
+        progress=False,
+    )
+    assert same(state(model), before) and model.training
+    assert measure(slim, images[:1]).flops == report.after.flops <= 0.505 * report.before.flops
+    whole, tuned = report.accuracy
+    right = sum(int((slim.eval()(x).argmax(1) == y).sum()) for x, y in held_out)
+    assert tuned == pytest.approx(100 * right / 297) and whole > 60 and tuned > 85
+    assert report.accuracy_cut is not None and {"search", "finetune"} <= report.seconds.keys()
+
+
+def test_validate_is_a_function_exclude_an_object_optimizer_a_factory(small: nn.Module, batches: Batches) -> None:
+    seen: list[nn.Module] = []
+
+    def validate(model: nn.Module) -> float:
+        seen.append(model)
+        return 10.0 * len(seen)
+
+    slim, report = compress(
+        small,
+        batches,
+        budget=Budget(flops=0.7),
+        validate=validate,
+        exclude=[small.stem, "last"],
+        search_epochs=1,
+        epochs=2,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3),
+        keep_best=True,
+        progress=False,
+    )
+    assert slim.stem.out_channels == 12 and slim.last.out_channels == 16 and slim.conv1.out_channels < 8
+    assert seen[0] is small and seen[1:] == [slim] * 4  # dense, cut, two epochs, the best again
+    assert report.accuracy == (10.0, 50.0) and any("best was kept" in note for note in report.notes)
+
+
+def test_exclude_of_a_pruner_names_objects(small: nn.Module, x: Tensor) -> None:
+    pruner = DNALPruner(small, CONV, dummy_input=x, exclude=[small.conv1])
+    reasons = {group.name: group.frozen for group in pruner.groups}
+    assert reasons["conv1"] == "config_list does not select conv1" and reasons["stem"] is None
+
+
+MISTAKES = {
+    "a path for the loader": (dict(loader="data"), "loader=...) is 'data': give a DataLoader"),
+    "a generator": (dict(loader=(batch for batch in [1])), "is a generator: give a DataLoader, or a list of batches"),
+    "an empty loader": (dict(loader=[]), "loader=...) gives no batch"),
+    "images alone": (dict(loader=[torch.randn(2, 1, 8, 8)]), "gives a float32 Tensor of shape [2, 1, 8, 8], and"),
+    "other images": (dict(loader=[(torch.randn(2, 3, 8, 8), torch.zeros(2).long())]), "rejects the dummy_input"),
+    "a name for the loss": (dict(loss="cross_entropy"), "loss=...) is 'cross_entropy': give a function"),
+    "a loss of every example": (dict(loss=nn.CrossEntropyLoss(reduction="none")), "has shape [8]: make one number"),
+    "a loss that is a number": (dict(loss=lambda out, y: 0.5), "the loss is 0.5: give the loss of a batch"),
+    "a number for the budget": (dict(budget=0.5), "budget=...) is 0.5: give a Budget"),
+    "no budget": (dict(budget=None), "budget=...) is None: give a Budget"),
+    "no epoch of the search": (dict(search_epochs=0), "search_epochs=0): give a whole number of at least 1"),
+    "half an epoch": (dict(epochs=1.5), "epochs=...) is 1.5: give a whole number"),
+    "a rate of zero": (dict(lr=0), "lr=0): give a number above 0"),
+    "the best of nothing": (dict(keep_best=True), "give validate="),
+    "validate says nothing": (dict(validate=lambda model: None), "validate=...) returns None: return a number"),
+    "validate is empty": (dict(validate=[]), "validate=...) gives no batch"),
+    "an optimizer made already": (
+        dict(optimizer=torch.optim.SGD([torch.zeros(1)], 0.1)), "optimizer=...) is a SGD: give a function"
+    ),
+    "a factory of nothing": (dict(optimizer=lambda parameters: None), "returns None: return an optimizer"),
+    "exclude of a stranger": (dict(exclude=[nn.Linear(2, 2)]), "is no layer of the model: give one of its own"),
+    "exclude misspelt": (dict(exclude=["conv11"]), "'conv11' is no layer of the model; did you mean 'conv1'?"),
+    "exclude is a module": (dict(exclude=nn.Linear(2, 2)), "exclude=a Linear: give a list of names or modules"),
+    "epochs misspelt": (dict(epoch=3), "did you mean 'epochs'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_a_sentence_and_changes_nothing(name: str, small: nn.Module, batches: Batches) -> None:
+    given, sentence = MISTAKES[name]
+    before = copy.deepcopy(state(small))
+    settings = {"loader": batches, "budget": HALF, "search_epochs": 1, "epochs": 0, "progress": False, **given}
+    with pytest.raises(DNALError) as caught:
+        compress(small, **settings)
+    assert sentence in str(caught.value)
+    assert same(state(small), before) and all(p.requires_grad and p.grad is None for p in small.parameters())
