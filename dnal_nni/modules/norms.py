@@ -6,12 +6,14 @@ a module computes is found out by running it; gated and cut, it runs as the norm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gates import ChannelFactor
 from .layers import RMSNorm
 from .running import FORWARD_ERRORS
 
@@ -28,9 +30,10 @@ class ChannelNorm(nn.LayerNorm):
         """``x`` normalised along ``axis``; same shape and dtype."""
         y = x.movedim(self.axis, -1)
         if y.shape[-1] == len(self.weight):
-            return F.layer_norm(y, self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, self.axis)
+            y = F.layer_norm(y, self.weight.shape, self.weight, self.bias, self.eps)
+            return _followed(self, y.movedim(-1, self.axis))
         y = F.layer_norm(y, y.shape[-1:], None, None, self.eps) * self.weight  # what is written by hand broadcasts
-        return (y if self.bias is None else y + self.bias).movedim(-1, self.axis)
+        return _followed(self, (y if self.bias is None else y + self.bias).movedim(-1, self.axis))
 
 
 class ChannelRMSNorm(RMSNorm if RMSNorm else nn.Module):  # type: ignore[misc]
@@ -43,13 +46,29 @@ class ChannelRMSNorm(RMSNorm if RMSNorm else nn.Module):  # type: ignore[misc]
         y = x.movedim(self.axis, -1)
         wide = y if y.dtype == torch.float64 else y.float()
         wide = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (self.weight * wide.to(x.dtype)).movedim(-1, self.axis)
+        return _followed(self, (self.weight * wide.to(x.dtype)).movedim(-1, self.axis))
+
+
+def _followed(norm: nn.Module, y: Tensor) -> Tensor:
+    """What the activation makes of it that a norm may hold (timm's ``RmsNormAct2d``)."""
+    for child in norm.children():
+        if not isinstance(child, ChannelFactor):
+            y = child(y)
+    return y
+
+
+def _only_follow(children: Sequence[nn.Module]) -> bool:
+    """Whether these have no parameters, and are no dropout, which is another function in train mode."""
+    tensors = (t for child in children for t in (*child.parameters(), *child.buffers()))
+    chance = (nn.modules.dropout._DropoutNd, nn.RReLU)
+    return next(tensors, None) is None and not any(isinstance(m, chance) for child in children for m in child.modules())
 
 
 def recognise(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | None:
     """The norm that a module computes, and what it needs beside its parameters; None where it is none.
 
-    Asked of modules of other classes than torch's that have a weight ``[C]``, perhaps a bias ``[C]``, and nothing else.
+    Asked of modules of other classes than torch's that have a weight ``[C]``, perhaps a bias ``[C]``, and nothing else
+    but an activation that follows.
     """
     tensors = {**module._parameters, **module._buffers}
     weight = tensors.get("weight")
@@ -61,7 +80,7 @@ def recognise(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | Non
         or weight.is_meta
         or not tensors.keys() <= {"weight", "bias"}
         or any(t is not None and t.shape != weight.shape for t in tensors.values())
-        or module._modules
+        or not _only_follow(list(module.children()))
     ):
         return None
     channels = len(weight)
@@ -98,7 +117,7 @@ def _matches(
         for kind, expected in ((ChannelNorm, layer), (ChannelRMSNorm, square)):
             if kind is ChannelRMSNorm and (bias is not None or not RMSNorm):
                 continue
-            if bool(((got - expected.movedim(-1, axis)).abs() <= _TOLERANCE).all()):
+            if bool(((got - _followed(module, expected.movedim(-1, axis))).abs() <= _TOLERANCE).all()):
                 return kind, eps
     return None
 

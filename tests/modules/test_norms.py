@@ -43,6 +43,17 @@ class RootMeanSquare(nn.Module):
         return self.weight * x.to(kind)
 
 
+class WithActivation(LayerNorm):
+    """As timm's norms hold what follows them."""
+
+    def __init__(self, channels: int, act: nn.Module | None = None) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act or nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 class Affine(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,11 +76,14 @@ def test_what_is_recognised() -> None:
     assert recognise(LayerNorm(16, True)) == (ChannelNorm, {"axis": 1, "eps": 1e-6, "normalized_shape": (16,)})
     if RMSNorm:
         assert recognise(RootMeanSquare(8)) == (ChannelRMSNorm, {"axis": -1, "eps": 1e-4, "normalized_shape": (8,)})
+    assert recognise(WithActivation(16)) == (ChannelNorm, {"axis": -1, "eps": 1e-6, "normalized_shape": (16,)})
+    for other in (WithActivation(8, nn.Dropout(0.1)), WithActivation(8, nn.PReLU())):
+        assert recognise(other) is None
     for other in (Affine(8), Nearly(8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Sequential(LayerNorm(8))):
         assert recognise(other) is None
 
 
-@pytest.mark.parametrize("make", [LayerNorm, lambda c: LayerNorm(c, True), RootMeanSquare])
+@pytest.mark.parametrize("make", [LayerNorm, lambda c: LayerNorm(c, True), RootMeanSquare, WithActivation])
 def test_it_computes_the_same_and_comes_back(make: Callable[[int], nn.Module]) -> None:
     if make is RootMeanSquare and not RMSNorm:
         pytest.skip("torch has no RMSNorm before 2.4")
@@ -83,7 +97,7 @@ def test_it_computes_the_same_and_comes_back(make: Callable[[int], nn.Module]) -
     assert isinstance(norm, (ChannelNorm, ChannelRMSNorm))
     assert torch.allclose(norm(x), expected, atol=1e-6)
     restore(norm)
-    assert type(norm) in (LayerNorm, RootMeanSquare)
+    assert type(norm) in (LayerNorm, RootMeanSquare, WithActivation)
     assert vars(norm).keys() == before.keys()
 
 
@@ -103,7 +117,7 @@ def network(norm: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 2, 2), Block(16, norm), between, Block(24, norm), nn.Conv2d(24, 5, 1))
 
 
-@pytest.mark.parametrize("norm", [LayerNorm, RootMeanSquare])
+@pytest.mark.parametrize("norm", [LayerNorm, RootMeanSquare, WithActivation])
 def test_a_network_of_them_loses_its_stream(norm: Callable[[int], nn.Module], tmp_path: Path) -> None:
     if norm is RootMeanSquare and not RMSNorm:
         pytest.skip("torch has no RMSNorm before 2.4")

@@ -200,7 +200,8 @@ class Network(nn.Module):
         del self.given
         children = list(self.children())
         for child in children[: {"nothing": 0, "first half": len(children) // 2}.get(program.frozen, len(children))]:
-            child.requires_grad_(False)
+            for parameter in child.parameters():  # a compiled module has no requires_grad_
+                parameter.requires_grad_(False)
 
     def _add(
         self, name: str, values: list[Value], sources: tuple[int, ...], make: Callable[..., Made], options: Any
