@@ -58,8 +58,19 @@ def reported(
         versions=versions(),
         file_bytes=(tensor_bytes(model), tensor_bytes(slim)),
         layer_flops=layer_flops(plan.cost.flops_of, counts),
-        notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after)],
+        notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after), *sizeless(plan, searched)],
     )
+
+
+def sizeless(plan: Plan, search: Search | None) -> list[str]:
+    """A sentence where a search decides about the size, since nobody else does."""
+    asked = plan.objective is not None or any(setting.sparse_threshold is not None for setting in plan.settings)
+    if asked or search is None:
+        return []
+    return [
+        f"no size was asked for, neither by a budget nor by a sparse_ratio: lambda_={search.scores.lambda_:g} alone "
+        "rules how much is left; for a size of your own give budget=, for example Budget(flops=0.5)"
+    ]
 
 
 def _missed(plan: Plan, after: Complexity) -> list[str]:

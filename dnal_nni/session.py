@@ -24,7 +24,7 @@ from .channels.tp_groups import dependency_groups
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
 from .modules.given import check_model
-from .outcome import reported
+from .outcome import reported, sizeless
 from .plan import Method, Plan
 from .progress import logger, phase
 from .report.record import Report
@@ -126,6 +126,8 @@ class Session:
             weights_learn=optimizer is not None if weights_learn is None else weights_learn,
             progress=progress,
         )
+        for note in sizeless(self.plan, search):
+            logger.warning(note)
         if self.last is not None:
             search.saved = self.last.saved
         if self._resume is not None:

@@ -97,3 +97,26 @@ def test_multiples_of_eight_on_a_small_network(width: int, expected: tuple[int, 
             search.step(F.cross_entropy(net(x), y))
     slim = pruner.speedup()
     assert (slim[0].out_channels, slim[2].out_channels) == expected
+
+
+def test_no_size_is_said_where_a_search_decides_it(
+    small: nn.Module, x: Tensor, batches: Batches, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruner = pruner_of(small, x, budget=None)
+    with pruner.search(len(batches), progress=False) as search:
+        for images, labels in batches:
+            search.step(F.cross_entropy(small(images), labels))
+    pruner.speedup()
+    sentence = "no size was asked for, neither by a budget nor by a sparse_ratio: lambda_=0.0001 alone rules"
+    assert [sentence in record.message for record in caplog.records].count(True) == 1
+    assert sentence in str(pruner.report)
+
+
+def test_steps_beyond_the_last_say_so_once(
+    small: nn.Module, x: Tensor, batches: Batches, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pruner_of(small, x).search(2, progress=False) as search:
+        for images, labels in batches[:4]:
+            search.step(F.cross_entropy(small(images), labels))
+    said = [record.message for record in caplog.records if "made its 2 steps: further calls" in record.message]
+    assert len(said) == 1
