@@ -23,7 +23,6 @@ from .arguments import checked, checked_but, shown
 from .channels.tp_groups import dependency_groups
 from .errors import DNALError
 from .modules.gates import GateState, ScaledSigmoidGate
-from .modules.given import check_model
 from .outcome import reported, sizeless
 from .plan import Method, Plan
 from .progress import logger, phase
@@ -63,9 +62,8 @@ class Session:
         DNALError: the model has gates already.
     """
 
-    @checked_but("model")
+    @checked
     def __init__(self, model: nn.Module, plan: Plan, method: Method | None = None) -> None:
-        check_model(model)
         check_ungated(model)
         check_members(model, plan.active)
         self.model, self.plan, self.method = model, plan, method or Method()

@@ -342,6 +342,7 @@ class DNALPruner(_OwnSchedule):
         """What the last :meth:`speedup` did."""
         return self.session.report
 
+    @checked
     def choose(
         self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
     ) -> dict[str, dict[str, Tensor]]:

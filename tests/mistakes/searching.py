@@ -380,27 +380,27 @@ CUTS: Mistakes = {
         hardened(None),
         "nothing has been learned yet: run search() or compress() first, or pass keep=",
     ),
-    "choose without a criterion": (lambda s: s.prune().choose(), "choose: missing a required argument: 'criterion'"),
-    "choose by name": (lambda s: s.prune().choose("l1"), "choose(criterion=...) is 'l1': give a function"),
+    "choose without a criterion": (lambda s: s.prune().choose(), "choose: missing a required argument: 'importance'"),
+    "choose by name": (lambda s: s.prune().choose("l1"), "choose(importance=...) is 'l1': give a function"),
     "choose without a budget": (
         lambda s: s.prune(budget=None).choose(lambda group: torch.ones(8)),
         "choose() needs a budget, or a sparse_ratio in the config_list, to cut to",
     ),
     "a criterion that gives one number": (
         lambda s: s.prune().choose(lambda group: torch.tensor(1.0)),
-        "function must give conv1 a tensor of 8 scores, one a channel, not []",
+        "<lambda> must give conv1 a tensor of 8 scores, one a channel, not []",
     ),
     "a criterion that gives nan": (
         lambda s: s.prune().choose(lambda g: torch.full((len(g[0].idxs),), torch.nan)),
-        "function gives conv1 a score that is nan or infinite: a criterion of gradients or activations",
+        "<lambda> gives conv1 a score that is nan or infinite: a criterion of gradients or activations",
     ),
     "a criterion that fails": (
         lambda s: s.prune().choose(lambda group: group.nothing),
-        "function fails on conv1 ('Group' object has no attribute 'nothing'): a criterion of gradients",
+        "<lambda> fails on conv1 ('Group' object has no attribute 'nothing'): a criterion of gradients",
     ),
     "a criterion that gives nothing": (
         lambda s: s.prune().choose(lambda group: None),
-        "function gives no score for any group: it looks at layers that the model has none of",
+        "<lambda> gives no score for any group: it looks at layers that the model has none of",
     ),
     "no batch for a criterion": (
         lambda s: s.prune().choose(lambda g: torch.ones(len(g[0].idxs)), []),
