@@ -1,7 +1,7 @@
 """Other people's networks, from PyPI: as `zoo.py` has it, of the packages that are installed.
 
-    pip install --no-deps segmentation-models-pytorch monai ultralytics pytorchcv facenet-pytorch efficientnet-pytorch \\
-        open_clip_torch
+    pip install --no-deps segmentation-models-pytorch monai ultralytics pytorchcv facenet-pytorch open_clip_torch \\
+        efficientnet-pytorch
     python benchmarks/zoo_others.py                   # what benchmarks/results/zoo_others.jsonl lacks for this commit
     python benchmarks/zoo_others.py --only smp_unet_resnet18 --again
     python benchmarks/zoo_others.py --table           # -> docs/models-others.md
@@ -236,7 +236,7 @@ def table() -> str:
     ]
     for row in rows:
         groups, flops = row.get("groups", {}), row.get("flops", {})
-        gap = max(row.get("differences", {}).values(), default=None)
+        gap = max(row.get("relative", {}).values(), default=None)
         cells = [
             row["model"],
             OTHERS[row["model"]].source,
