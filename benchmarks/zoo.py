@@ -45,9 +45,10 @@ from zoo_models import MODELS, Entry
 from zoo_table import summary, write_table
 
 from dnal_nni import DNALError, measure
-from dnal_nni.channels.groups import find_groups
+from dnal_nni.channels.groups import ChannelGroup, find_groups
+from dnal_nni.cost.model import CostModel
 from dnal_nni.modules.running import FORWARD_ERRORS
-from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.surgery.slim import Keep, slim_copy
 from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_freeze
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +207,27 @@ def reason_class(reason: str) -> str:
     return re.sub(r"\s+", " ", plain).strip(" :;,")[:60] or "other"
 
 
+def cost_errors(
+    model: nn.Module, groups: Sequence[ChannelGroup], inputs: tuple[Any, ...], keep: Keep
+) -> dict[str, float] | None:
+    """How far the cost model is from fvcore's count of the cut network, relative to that; None where it cannot count.
+
+    At the random cut, and with as few units in every group as may be left.
+    """
+    active = [group for group in groups if group.frozen is None]
+    fewest = {g.name: torch.arange(g.channels) < max(1, g.least) for g in active}
+    try:
+        cost = CostModel(model, groups, inputs)
+        found = {}
+        for name, masks in (("cut", keep), ("fewest", fewest)):
+            units = torch.cat([masks[g.name] for g in active]).double() if active else torch.zeros(0).double()
+            counted = measure(slim_copy(model, groups, masks), inputs).flops
+            found[name] = abs(float(cost.flops(units)) / counted - 1) if counted else 0.0
+    except DNALError:
+        return None
+    return {name: round(error, 6) for name, error in found.items()}
+
+
 def run_model(
     entry: Entry,
     seconds: float = VERIFY_SECONDS,
@@ -284,6 +306,8 @@ def run_model(
                 left = after / before if before else 1.0
                 record["flops"] = {"dense": before, "sliced": after, "left": round(left, 4), "counter": counter}
                 record["params_left"] = round(sum(p.numel() for p in slim.parameters()) / record["params"], 4)
+            with phase("cost model"):
+                record["cost_error"] = cost_errors(model, groups, inputs, keep)
             with phase("compare"):
                 record["relative"], record["effect"] = {}, {}
                 for mode in modes:

@@ -94,7 +94,8 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
         "always left whole). FLOPs left: at a random 30 % cut of every gated group. Difference: the largest "
         "max|gated - sliced| / max|gated| over all outputs, in float64, the worse of eval and train mode (detectors: "
         "eval, the raw outputs of their heads included; RAFT: float32). Seconds: finding, verifying, planning, gating "
-        "and slicing, one thread.",
+        "and slicing, one thread. Cost model: how far it is from fvcore's count of the cut network, at the random cut or "
+        "with one unit left of every group, whichever is worse; -: fvcore cannot count the network.",
         "",
         "torch-pruning's graph: the same with the groups of that graph; FLOPs left and seconds. `choose`, and "
         "torch-pruning's own pruner: 30 % of the channels of every layer go, those with the smallest group L2 norm; "
@@ -114,9 +115,9 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
             "",
             f"## {task.capitalize()}",
             "",
-            "| model | input | groups | FLOPs left | difference | seconds | torch-pruning's graph | `choose` "
+            "| model | input | groups | FLOPs left | difference | cost model | seconds | torch-pruning's graph | `choose` "
             "| torch-pruning's pruner | left whole |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for record in chosen:
             name = record["model"]
@@ -135,13 +136,20 @@ def table_row(record: Record, others: Iterable[str]) -> str:
     """A line of the table; ``others``: the cells of the other ways."""
     shape, cells = "x".join(map(str, record.get("input", [])[1:])), " | ".join(others)
     if "relative" not in record:
-        return f"| {record['model']} | {shape} | - | - | - | - | {cells} | {record['status']} in {record['phase']} |"
+        return f"| {record['model']} | {shape} | - | - | - | - | - | {cells} | {record['status']} in {record['phase']} |"
     groups = record["groups"]
     reasons = ", ".join(f"{name} {number}" for name, number in record["reasons"].items())
     return (
         f"| {record['model']} | {shape} | {groups['gated']}/{groups['all']} | {record['flops']['left']:.0%} "
-        f"| {max(record['relative'].values()):.0e} | {record['seconds']['total']:.1f} | {cells} | {reasons} |"
+        f"| {max(record['relative'].values()):.0e} | {cost_cell(record)} | {record['seconds']['total']:.1f} | {cells} "
+        f"| {reasons} |"
     )
+
+
+def cost_cell(record: Record) -> str:
+    """How far the cost model is from fvcore's count, the worse of both cuts."""
+    errors = record.get("cost_error")
+    return "-" if errors is None else f"{max(errors.values()):.2%}"
 
 
 def graph_cell(record: Record | None) -> str:
