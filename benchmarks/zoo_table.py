@@ -94,8 +94,8 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
         "always left whole). FLOPs left: at a random 30 % cut of every gated group. Difference: the largest "
         "max|gated - sliced| / max|gated| over all outputs, in float64, the worse of eval and train mode (detectors: "
         "eval, the raw outputs of their heads included; RAFT: float32). Seconds: finding, verifying, planning, gating "
-        "and slicing, one thread. Cost model: how far it is from fvcore's count of the cut network, at the random cut or "
-        "with one unit left of every group, whichever is worse; -: fvcore cannot count the network.",
+        "and slicing, one thread. Cost model: how far it is from fvcore's count of the cut network, at the random cut "
+        "or with one unit left of every group, whichever is worse; -: fvcore cannot count the network.",
         "",
         "torch-pruning's graph: the same with the groups of that graph; FLOPs left and seconds. `choose`, and "
         "torch-pruning's own pruner: 30 % of the channels of every layer go, those with the smallest group L2 norm; "
@@ -115,8 +115,8 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
             "",
             f"## {task.capitalize()}",
             "",
-            "| model | input | groups | FLOPs left | difference | cost model | seconds | torch-pruning's graph | `choose` "
-            "| torch-pruning's pruner | left whole |",
+            "| model | input | groups | FLOPs left | difference | cost model | seconds | torch-pruning's graph "
+            "| `choose` | torch-pruning's pruner | left whole |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for record in chosen:
@@ -136,7 +136,8 @@ def table_row(record: Record, others: Iterable[str]) -> str:
     """A line of the table; ``others``: the cells of the other ways."""
     shape, cells = "x".join(map(str, record.get("input", [])[1:])), " | ".join(others)
     if "relative" not in record:
-        return f"| {record['model']} | {shape} | - | - | - | - | - | {cells} | {record['status']} in {record['phase']} |"
+        ended = f"{record['status']} in {record['phase']}"
+        return f"| {record['model']} | {shape} | - | - | - | - | - | {cells} | {ended} |"
     groups = record["groups"]
     reasons = ", ".join(f"{name} {number}" for name, number in record["reasons"].items())
     return (
