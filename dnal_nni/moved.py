@@ -23,7 +23,7 @@ _NOW = {
     "checkpoint": ("storage.compressed", "storage.reports"),
     "choices": ("modules.choices",),
     "cli": ("cli.main", "report.tables"),
-    "compress": ("cli.run", "cli.settings", "storage.reports"),
+    "compress": ("cli.run", "cli.settings", "storage.reports", "compression"),
     "cost": ("cost.count", "budget", "cost.model"),
     "cut": ("search.close",),
     "data": ("cli.data",),
