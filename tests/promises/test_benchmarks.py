@@ -80,4 +80,4 @@ def test_the_engine_runs_the_library_s_paper_search() -> None:
             images = net.normalised(training.pixels[rows], data)
             search.step(F.cross_entropy(model(images), training.labels[rows]))
             assert torch.allclose(search.score, scores.value, atol=1e-6)
-    assert float(search.score.std()) > 1e-3
+    assert float(search.score.std()) > 5e-4
