@@ -188,7 +188,7 @@ def test_a_group_whose_root_is_a_bare_parameter() -> None:
     for name in "Random LAMP FPGM Taylor Hessian".split():
         criterion = getattr(tp.importance, f"{name}Importance")()
         found = criterion_scores(model, groups, criterion, batch, lambda m, b: F.cross_entropy(m(b[0])[0], b[1][0]))
-        assert found.shape == (4 + 32,) and bool(found.isfinite().all())
+        assert found.shape == (16 + 4 + 32,) and bool(found.isfinite().all())  # the stream, heads, inner features
 
 
 def test_a_criterion_that_looks_first_at_fewer_channels_than_the_root_has() -> None:
