@@ -24,6 +24,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data import build_dataloader, build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.modules import C2f
 
 from dnal_nni import Budget, DNALPruner
 
@@ -58,9 +59,8 @@ def search(net: nn.Module, data: str, imgsz: int, batch: int, epochs: int, budge
     """Learn the widths of ``net`` while its weights go on learning, on ultralytics' data and with its loss."""
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(".dfl." not in name)  # checkpoints of ultralytics hold everything frozen
-    pruner = DNALPruner(
-        net, [{"op_types": ["Conv2d"]}], dummy_input=torch.rand(1, 3, imgsz, imgsz), outputs=needed, budget=budget
-    )
+    kinds = [{"op_types": ["Conv2d", "ConvTranspose2d"]}]  # the second: of segmentation
+    pruner = DNALPruner(net, kinds, dummy_input=torch.rand(1, 3, imgsz, imgsz), outputs=needed, budget=budget)
     description = check_det_dataset(data)
     net.args = get_cfg(overrides={"imgsz": imgsz, "task": "detect", "mosaic": 0})  # augmentation, gains of the loss
     images = build_yolo_dataset(net.args, description["train"], batch, description)
@@ -75,6 +75,14 @@ def search(net: nn.Module, data: str, imgsz: int, batch: int, epochs: int, budge
                 run.step(loss.sum())
     net.criterion = None
     return pruner
+
+
+def ready(net: nn.Module) -> nn.Module:
+    """The cut network, with the ``c`` by which export takes a C2f apart (its own forward chunks) as wide as it is."""
+    for module in net.modules():
+        if isinstance(module, C2f):
+            module.c = module.cv1.conv.out_channels // 2
+    return net
 
 
 def shapes(folder: Path, size: int, train: int = 96, val: int = 32) -> Path:
@@ -130,7 +138,7 @@ def main() -> None:
     before = 100 * YOLO(args.out / "dense.pt").val(**common).box.map50  # val() fuses what it is called on
 
     pruner = search(yolo.model, data, args.imgsz, args.batch, args.search_epochs, Budget(flops=args.flops), args.lr)
-    yolo.model = pruner.speedup()
+    yolo.model = ready(pruner.speedup())
     yolo.save(args.out / "cut.pt")
     cut = 100 * YOLO(args.out / "cut.pt").val(**common).box.map50
     if args.finetune_epochs:

@@ -59,7 +59,7 @@ def cut(request: pytest.FixtureRequest, example: Any, tmp_path_factory: pytest.T
     )  # fmt: skip
     pruner = example.search(yolo.model, data, SIZE, 8, 2, Budget(flops=0.5), 1e-3)
     # in ultralytics' checkpoints numbers have 16 bits
-    yolo.model = pruner.speedup().half().float()
+    yolo.model = example.ready(pruner.speedup()).half().float()
     yolo.save(folder / "cut.pt")
     return yolo.model, pruner, folder / "cut.pt", data
 
