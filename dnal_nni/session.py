@@ -36,11 +36,11 @@ from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_layers, check_members, check_ungated, detach, is_gated, layers_of
 from .surgery.optimizer import carry_optimizer, check_optimizer
+from .surgery.repair import kept_outputs, repair
 from .surgery.slim import every_group
 
 if TYPE_CHECKING:
     from .channels.dependency import Group
-
 
 
 class Session:
@@ -116,6 +116,8 @@ class Session:
             check_optimizer(optimizer, self.model)
         check_layers(self.model, self.plan.active, self._layers)
         self.attach()
+        if self.last is not None:
+            self.last.pace.restore()
         search = Search(
             self.model,
             self.gates.values(),
@@ -241,6 +243,43 @@ class Session:
         if self.keep is None:
             raise DNALError("carry_optimizer: nothing has been cut yet: call speedup() first")
         return carry_optimizer(optimizer, self.model, self.plan.groups, self.keep, slim)
+
+    def repair(self, slim: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:
+        """Fit the layers of a cut network, in place, to what the uncut network's layers give: no labels, no training.
+
+        One after the other, every convolution (not grouped) and linear layer gets the weights with which its outputs
+        come nearest to those of the same layer in the network as it was ahead of the search: a ridge regression on its
+        inputs in the cut network, drawn to the weights that it has, as strongly as is best for examples left out. For a
+        trained network that is cut at once (:meth:`choose`), ahead of fine-tuning or instead of it.
+
+        Args:
+            slim: what the last :meth:`speedup` returned. The function that it computes changes, on purpose.
+            inputs: a batch in the form of the dummy input, of some hundred to a thousand training examples: as many
+                as a forward pass of the uncut network has memory for.
+
+        Returns:
+            by layer, the squared error of its outputs relative to their squares: before, and after, on examples that it
+            was not fitted to.
+
+        Raises:
+            DNALError: nothing has been cut yet, there are fewer than two examples, or the model is a supernet.
+        """
+        if self.keep is None:
+            raise DNALError("repair: nothing has been cut yet: call speedup() first")
+        if any(group.choice for group in self.plan.active):
+            raise DNALError("repair: the model is a supernet, and no trained network whose outputs are to be kept")
+        with phase("fitting the layers of the cut network"):
+            return repair(self.dense(), slim, kept_outputs(self.plan.groups, self.keep), inputs)
+
+    @torch.no_grad()
+    def dense(self) -> nn.Module:
+        """A copy of the uncut network, with the weights and norm statistics that it had ahead of the first search."""
+        dense = self.plan.slim(self.model, {})
+        if self.last is not None:
+            for name, tensor in dense.state_dict(keep_vars=True).items():
+                if name in self.last.saved:
+                    tensor.copy_(self.last.saved[name])
+        return dense
 
     @property
     def report(self) -> Report:

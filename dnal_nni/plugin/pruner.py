@@ -356,6 +356,7 @@ class DNALPruner(_OwnSchedule):
 
     dependency_groups = _handed_on(Session.dependency_groups)
     carry_optimizer = _handed_on(Session.carry_optimizer, copies=True)
+    repair = _handed_on(Session.repair, copies=True)
     state_dict = _handed_on(Session.state_dict)
     load_state_dict = _handed_on(Session.load_state_dict)
     save_checkpoint = _handed_on(Session.save_checkpoint)

@@ -18,6 +18,7 @@ from ..progress import logger
 from .leaves import Leaves, factors_of
 from .losses import check_loss, told_of_backward
 from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
+from .statistics import Pace
 
 BINS = 20  # of the gates' histogram in the history
 PATIENCE = 3  # steps after which a search that no gradient reaches is an error
@@ -84,6 +85,7 @@ class Search:
     Attributes:
         steps: planned number of calls of :meth:`step`.
         running: whether it has been entered, and not left.
+        pace: of the norms' running statistics.
         done: how many have been made.
         history: of the report.
         seconds: what it took, once it has ended.
@@ -101,6 +103,7 @@ class Search:
     ) -> None:
         self.model, self.gates, self.scores, self.steps = model, list(gates), scores, scores.steps
         self.optimizer, self.weights_learn, self.progress = optimizer, weights_learn, progress
+        self.pace = Pace(model, self.steps)
         self.done = 0
         self.history: list[dict[str, Any]] = []
         self.seconds: float | None = None
@@ -145,6 +148,7 @@ class Search:
         )
         hidden = not self.progress or not is_first()
         self.bar = tqdm(total=self.steps, initial=self.done, desc="search", unit="step", disable=hidden)
+        self.pace.raise_()
         for gate in self.gates:
             gate.state = GateState.SOFT
         self.leaves = self.scores.leaves(self.model, self.gates)
@@ -181,6 +185,7 @@ class Search:
     @torch.no_grad()
     def restore(self) -> None:
         """Give the model's weights and norm statistics the values that they had ahead of the first search."""
+        self.pace.restore()
         for name, tensor in self._tensors():
             if name in self.saved:
                 tensor.copy_(self.saved[name])
@@ -240,11 +245,13 @@ class Search:
 
     def notes(self) -> list[str]:
         """What a reader of the result should know, a sentence each."""
+        notes = [self.pace.note] if self.pace.changed else []
         if self.done == self.steps:
-            return []
+            return notes
         return [
+            *notes,
             f"the search ended after {self.done} of the {self.steps} steps that it was planned for: the widths are "
-            "those of an unfinished search"
+            "those of an unfinished search",
         ]
 
     def penalised(self, loss: Tensor) -> Tensor:

@@ -180,3 +180,41 @@ def test_the_structure_stands_in_the_last_quarter_and_is_what_is_cut(
     objective = pruner.plan.objective
     assert objective is not None
     assert torch.equal(exact_cut(objective, search.score, search.scores.floor), settled[-1])
+
+
+@pytest.mark.parametrize(
+    ("own", "steps", "expected"),
+    [(0.01, 20, 0.1), (0.01, 500, 0.02), (0.01, 5000, 0.01), (0.1, 20, 0.1), (None, 20, None)],
+)
+def test_statistics_keep_up_with_a_short_search(
+    small: nn.Module, x: Tensor, own: float | None, steps: int, expected: float | None
+) -> None:
+    norms = [m for m in small.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = own
+    pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
+    optimizer = torch.optim.SGD(small.parameters(), 0.01)
+    with pruner.search(steps, optimizer=optimizer, progress=False) as search:
+        search.step(small.train()(x).square().mean())
+    slim = pruner.speedup()
+    assert [m.momentum for m in slim.modules() if isinstance(m, nn.BatchNorm2d)] == [expected] * len(norms)
+    told = any("follow with momentum" in note for note in pruner.report.notes)
+    assert told == (own != expected)
+    with pruner.search(5000, optimizer=optimizer, progress=False):  # not slower than the norms' own
+        assert [norm.momentum for norm in norms] == [own] * len(norms)
+    pruner.unwrap_model()
+    assert [norm.momentum for norm in norms] == [own] * len(norms)
+
+
+def test_a_short_search_leaves_statistics_of_the_cut_network(small: nn.Module, x: Tensor) -> None:
+    """With a momentum of 0.01 the running means would still be two thirds of what they were ahead of it."""
+    norms = {name: m for name, m in small.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in norms.values():
+        norm.momentum = 0.01
+        norm.running_mean.fill_(100.0)
+    pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
+    optimizer = torch.optim.SGD(small.parameters(), 0.0)
+    with pruner.search(40, optimizer=optimizer, progress=False) as search:
+        for _ in range(40):
+            search.step(small.train()(x).square().mean())
+    assert all(float(norm.running_mean.abs().max()) < 100 * 0.9**39 + 5 for norm in norms.values())
