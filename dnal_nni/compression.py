@@ -29,6 +29,7 @@ from .plan import Plan
 from .progress import phase
 from .report.record import Report
 from .search.settings import all_but
+from .search.statistics import Pace
 from .session import Session
 
 RECALIBRATION_BATCHES, WARM_UP = 50, 0.05
@@ -113,6 +114,7 @@ class Compression:
         Raises:
             DNALError: the loss is NaN or infinite at the end of an epoch.
         """
+        Pace(slim, self.search_epochs * self.steps).raise_()  # of a file, where the run goes on
         optimizer = self.optimizer(slim.parameters(), 3)
         steps, seconds, best = self.epochs * self.steps, float(state["seconds"]), None
         highest = [group["lr"] for group in optimizer.param_groups]

@@ -247,39 +247,24 @@ class Session:
     def repair(self, slim: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:
         """Fit the layers of a cut network, in place, to what the uncut network's layers give: no labels, no training.
 
-        One after the other, every convolution (not grouped) and linear layer gets the weights with which its outputs
-        come nearest to those of the same layer in the network as it was ahead of the search: a ridge regression on its
-        inputs in the cut network, drawn to the weights that it has, as strongly as is best for examples left out. For a
-        trained network that is cut at once (:meth:`choose`), ahead of fine-tuning or instead of it.
+        The aim is the network as it was ahead of the search.
 
         Args:
-            slim: what the last :meth:`speedup` returned. The function that it computes changes, on purpose.
-            inputs: a batch in the form of the dummy input, of some hundred to a thousand training examples: as many
-                as a forward pass of the uncut network has memory for.
+            slim: what the last :meth:`speedup` returned; the function that it computes changes, on purpose.
+            inputs: a batch in the form of the dummy input: some hundred training examples, or a thousand.
 
         Returns:
-            by layer, the squared error of its outputs relative to their squares: before, and after, on examples that it
-            was not fitted to.
-
-        Raises:
-            DNALError: nothing has been cut yet, there are fewer than two examples, or the model is a supernet.
+            by layer, the squared error of its outputs relative to their squares: before, and after on examples left out.
         """
         if self.keep is None:
             raise DNALError("repair: nothing has been cut yet: call speedup() first")
         if any(group.choice for group in self.plan.active):
             raise DNALError("repair: the model is a supernet, and no trained network whose outputs are to be kept")
         with phase("fitting the layers of the cut network"):
-            return repair(self.dense(), slim, kept_outputs(self.plan.groups, self.keep), inputs)
-
-    @torch.no_grad()
-    def dense(self) -> nn.Module:
-        """A copy of the uncut network, with the weights and norm statistics that it had ahead of the first search."""
-        dense = self.plan.slim(self.model, {})
-        if self.last is not None:
-            for name, tensor in dense.state_dict(keep_vars=True).items():
-                if name in self.last.saved:
-                    tensor.copy_(self.last.saved[name])
-        return dense
+            dense = self.plan.slim(self.model, {})
+            if self.last is not None:
+                self.last.restore(dense)
+            return repair(dense, slim, kept_outputs(self.plan.groups, self.keep), inputs)
 
     @property
     def report(self) -> Report:

@@ -30,6 +30,7 @@ METHODS |= {"get_masks", "state_dict", "load_state_dict", "save_checkpoint", "lo
 METHODS |= {"report", "groups", "gates", "step", "penalised", "restore", "to_dict", "from_dict", "to_json", "to_html"}
 METHODS |= {"choose", "dependency_groups", "slim_model", "list_models"}
 METHODS |= {"to_tensorboard", "plot_widths", "rows"}
+METHODS |= {"repair"}
 METHODS |= {"of", "put", "freeze", "couple", "mix", "meet", "argument", "gives_zero"}
 METHODS |= {"plan", "session", "active", "sizes", "by_group", "slim", "measured", "attach", "detach", "start", "stop"}
 

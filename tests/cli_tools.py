@@ -17,7 +17,7 @@ from torch import nn
 def net(width=12, classes=3):
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1),
+        nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16, momentum=0.01), nn.ReLU(), nn.Dropout(0.1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes),
     )
 

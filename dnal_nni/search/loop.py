@@ -183,10 +183,11 @@ class Search:
         return [(name, t) for name, t in self.model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Give the model's weights and norm statistics the values that they had ahead of the first search."""
-        self.pace.restore()
-        for name, tensor in self._tensors():
+    def restore(self, model: nn.Module | None = None) -> None:
+        """Give weights and norm statistics the values that they had ahead of the first search: the model's, or a copy's."""
+        if model is None:
+            self.pace.restore()
+        for name, tensor in (model or self.model).state_dict(keep_vars=True).items():
             if name in self.saved:
                 tensor.copy_(self.saved[name])
 
