@@ -245,16 +245,14 @@ class Session:
         return carry_optimizer(optimizer, self.model, self.plan.groups, self.keep, slim)
 
     def repair(self, slim: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:
-        """Fit the layers of a cut network, in place, to what the uncut network's layers give: no labels, no training.
-
-        The aim is the network as it was ahead of the search.
+        """Fit the layers of a cut network to what they gave in the one ahead of the search: no labels, no training.
 
         Args:
             slim: what the last :meth:`speedup` returned; the function that it computes changes, on purpose.
             inputs: a batch in the form of the dummy input: some hundred training examples, or a thousand.
 
         Returns:
-            by layer, the squared error of its outputs relative to their squares: before, and after on examples left out.
+            by layer, the relative squared error of its outputs: before, and after on examples that were left out.
         """
         if self.keep is None:
             raise DNALError("repair: nothing has been cut yet: call speedup() first")

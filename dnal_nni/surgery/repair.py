@@ -66,7 +66,7 @@ def repair(
         that it was not fitted to.
 
     Raises:
-        DNALError: there are fewer than two examples.
+        DNALError: there are fewer than two examples, or the networks do not fit each other.
     """
     first = next(flatten_tensors(inputs), None)
     if first is None or first.dim() == 0 or len(first) < 2:
@@ -77,6 +77,11 @@ def repair(
         slim.eval()
         with seeded(dense), _Recorder(dense, kept) as recorder:
             call(dense, inputs)
+        layers = dict(slim.named_modules())
+        for path, outputs in recorder.outputs.items():
+            weight = getattr(layers.get(path), "weight", None)
+            if weight is None or weight.shape[0] != outputs.shape[-1]:
+                raise DNALError(f"repair(slim): its {path} is not what the cut left: pass what speedup() returned last")
         with seeded(slim), _Fitter(slim, recorder) as fitter:
             call(slim, inputs)
     finally:
