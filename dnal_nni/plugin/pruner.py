@@ -346,10 +346,9 @@ class DNALPruner(_OwnSchedule):
     def choose(
         self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """Fix every gate by what a criterion says of the weights as they are, cut to the budget: no search.
+        """Fix every gate by what a criterion says of the weights, cut to the budget: no search.
 
-        Arguments as of :meth:`Session.choose`; returns NNI masks, as :meth:`harden` does.
-        """
+        Arguments: :meth:`Session.choose`; returns NNI masks, as :meth:`harden` does."""
         with without_wrappers(self.bound_model):
             keep = self.session.choose(importance, batches, loss)
         return self.harden(keep)

@@ -184,7 +184,7 @@ class Search:
 
     @torch.no_grad()
     def restore(self, model: nn.Module | None = None) -> None:
-        """Give the model's weights and norm statistics, or a copy's, the values that they had ahead of the first search."""
+        """Give weights and norm statistics, of a copy too, the values that they had ahead of the first search."""
         if model is None:
             self.pace.restore()
         for name, tensor in (model or self.model).state_dict(keep_vars=True).items():
