@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .arguments import checked, checked_but, shown
 from .channels.tp_groups import dependency_groups
 from .errors import DNALError
-from .modules.gates import GateState, ScaledSigmoidGate
+from .modules.gates import ScaledSigmoidGate
 from .outcome import reported, sizeless
 from .plan import Method, Plan
 from .progress import logger, phase
@@ -280,15 +280,7 @@ class Session:
         """
         cost = self.plan.cost
         return {
-            "gates": {
-                name: {
-                    "s": gate.s.detach().clone(),
-                    "delta": gate.delta.clone(),
-                    "mask": gate.mask.clone(),
-                    "state": gate.state.value,
-                }
-                for name, gate in self.gates.items()
-            },
+            "gates": {name: gate.values() for name, gate in self.gates.items()},
             "search": self.last.state_dict() if self.last is not None else None,
             "keep": self.keep,
             "latency": cost.latency_state() if cost.dense.latency is not None else None,
@@ -306,13 +298,8 @@ class Session:
         _check_state(self, state)
         if state.get("latency") is not None:
             self.plan = self.plan.with_latencies(state["latency"])
-        with torch.no_grad():
-            for name, values in state["gates"].items():
-                gate = self.gates[name]
-                gate.s.copy_(values["s"])
-                gate.delta.copy_(values["delta"])
-                gate.harden(values["mask"])
-                gate.state = GateState(values["state"])
+        for name, values in state["gates"].items():
+            self.gates[name].take(values)
         self._resume, self.keep = state["search"], state["keep"]
 
     @checked
@@ -343,16 +330,7 @@ class Session:
         Raises:
             DNALError: the file is damaged, or of another model, budget or optimizer; nothing has then changed.
         """
-        state = load_state(path)
-        if not isinstance(state, dict) or state.keys() != {"model", "pruner", "optimizer"}:
-            raise DNALError(f"{path} was not written by save_checkpoint")
-        own = self.model.state_dict()
-        theirs = under_own_names(state["model"], own)
-        for name in [*own, *theirs]:
-            shapes = [list(t[name].shape) if isinstance(t.get(name), Tensor) else None for t in (own, theirs)]
-            if shapes[0] != shapes[1]:
-                raise DNALError(f"{path} does not fit the model: {name} is {shapes[1]}, the model's is {shapes[0]}")
-        _check_state(self, state["pruner"])
+        state = _checkpoint(self, path)
         if (optimizer is None) != (state["optimizer"] is None):
             missing = "needs the optimizer that the search had" if optimizer is None else "holds no optimizer"
             raise DNALError(f"{path} {missing}: load_checkpoint(path, optimizer) and save_checkpoint alike")
@@ -361,8 +339,23 @@ class Session:
                 optimizer.load_state_dict(state["optimizer"])
             except ValueError as error:
                 raise DNALError(f"{path} does not fit the optimizer: {error}") from error
-        self.model.load_state_dict(theirs)
+        self.model.load_state_dict(state["model"])
         self.load_state_dict(state["pruner"])
+
+
+def _checkpoint(session: Session, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file holds, if it fits the session."""
+    state = load_state(path)
+    if not isinstance(state, dict) or state.keys() != {"model", "pruner", "optimizer"}:
+        raise DNALError(f"{path} was not written by save_checkpoint")
+    own = session.model.state_dict()
+    theirs = under_own_names(state["model"], own)
+    for name in [*own, *theirs]:
+        shapes = [list(t[name].shape) if isinstance(t.get(name), Tensor) else None for t in (own, theirs)]
+        if shapes[0] != shapes[1]:
+            raise DNALError(f"{path} does not fit the model: {name} is {shapes[1]}, the model's is {shapes[0]}")
+    _check_state(session, state["pruner"])
+    return state | {"model": theirs}
 
 
 def _check_state(session: Session, state: Mapping[str, Any]) -> None:

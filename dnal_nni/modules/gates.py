@@ -6,7 +6,7 @@ The paper's symbols: ``s`` architecture parameter, ``delta`` scale, ``g = sigmoi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -62,6 +62,19 @@ class ScaledSigmoidGate(nn.Module):
         """Fix the gate to 1 where ``keep`` (bool ``[channels]``) is true and to 0 elsewhere."""
         self.hard.copy_(keep)
         self.state = GateState.HARD
+
+    def values(self) -> dict[str, Any]:
+        """Copies of all that it is: tensors, and the name of its state."""
+        tensors = {"s": self.s, "delta": self.delta, "mask": self.mask}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()} | {"state": self.state.value}
+
+    @torch.no_grad()
+    def take(self, values: Mapping[str, Any]) -> None:
+        """Become what :meth:`values` were of."""
+        self.s.copy_(values["s"])
+        self.delta.copy_(values["delta"])
+        self.harden(values["mask"])
+        self.state = GateState(values["state"])
 
     def extra_repr(self) -> str:
         return f"channels={self.s.numel()}, state={self.state.value}"

@@ -246,14 +246,11 @@ class Search:
 
     def notes(self) -> list[str]:
         """What a reader of the result should know, a sentence each."""
-        notes = [self.pace.note] if self.pace.changed else []
-        if self.done == self.steps:
-            return notes
-        return [
-            *notes,
+        early = (
             f"the search ended after {self.done} of the {self.steps} steps that it was planned for: the widths are "
-            "those of an unfinished search",
-        ]
+            "those of an unfinished search"
+        )
+        return [*filter(None, [self.pace.note]), *([early] if self.done < self.steps else [])]
 
     def penalised(self, loss: Tensor) -> Tensor:
         """The loss of the coming step: with the regulariser of the paper's search; an error if NaN.
