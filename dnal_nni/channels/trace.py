@@ -170,7 +170,7 @@ class Trace(DispatchMode):
             if units and ends["in"].key not in self.graph.sites:
                 self.graph.couple_units([(ends[side], numbers) for side, numbers in units.items()])
             place = axis % x.dim()
-            passed = self._read(ends["in"], x, labels, place, layer.apart(x.dim(), place))
+            passed = self._read(ends["in"], x, labels, place, layer.by_itself(module, x.dim(), place))
             self.graph.read_by(ends["in"], labels.site if labels is not None else None)
         else:
             self.flow.freeze(labels, f"{path} needs all channels of its input")
@@ -186,7 +186,8 @@ class Trace(DispatchMode):
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor
     ) -> None:
         width, axis = layer.widths(module)["both"], layer.input_axis(module) % x.dim()
-        if isinstance(module, (nn.LayerNorm, RMSNorm)) and not hasattr(module, "axis"):
+        last = axis == x.dim() - 1 and not hasattr(module, "axis")
+        if last and isinstance(module, (nn.LayerNorm, RMSNorm)):
             axis = self._normalised_axis(x, labels, width)
         self.channel_dims[path] = axis - x.dim()
         vertex = self.graph.vertex(path, "both", width)
@@ -194,7 +195,7 @@ class Trace(DispatchMode):
             self.flow.freeze(labels, f"{path} gets other channels than it was made for")
             self.graph.freeze(vertex.ids, f"{path} gets other channels than it was made for")
             return
-        passed = self._read(vertex, x, labels, axis, layer.apart(x.dim(), axis))
+        passed = self._read(vertex, x, labels, axis, layer.by_itself(module, x.dim(), axis))
         if units := layer.units(module):
             self.graph.couple_units([(vertex, units["both"])])
         site: Site = labels.site if labels is not None and layer.zero == "input" else None

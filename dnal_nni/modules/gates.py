@@ -132,7 +132,7 @@ class AffineGate(ChannelFactor):
 
     def forward(self, affine: Tensor) -> Tensor:
         factor = self.factor()
-        return affine if factor is None else affine * factor.to(affine.dtype)
+        return affine if factor is None else affine * factor.to(affine.dtype).view(-1, *[1] * (affine.dim() - 1))
 
 
 class WeightGate(AffineGate):
@@ -200,9 +200,9 @@ class StatisticsGate(ChannelFactor):
         y = centred * ((g * centred.square()).sum(over, keepdim=True) / n + eps).rsqrt()
         y = y.reshape(x.movedim(self.axis, -1).shape)
         if norm.weight is not None:
-            y = y * norm.weight.to(y.dtype)
+            y = y * norm.weight.to(y.dtype).flatten()
         if getattr(norm, "bias", None) is not None:
-            y = y + norm.bias.to(y.dtype)
+            y = y + norm.bias.to(y.dtype).flatten()
         y = y.movedim(-1, self.axis).to(out.dtype)
         for child in norm.children():  # timm's norms hold the dropout and activation that follow
             if not isinstance(child, ChannelFactor):

@@ -98,6 +98,10 @@ class Layer:
         """``axis`` of this one."""
         return self.axis
 
+    def by_itself(self, module: nn.Module, dims: int, axis: int) -> Collection[int]:
+        """``apart`` of this one."""
+        return self.apart(dims, axis)
+
     def dims(self, module: nn.Module, name: str) -> Mapping[Side, int]:
         """The dimensions of a tensor that hold all channels of a side."""
         return self.tensors.get(name, {})
@@ -181,6 +185,11 @@ class _Convolution(Layer):
     def input_axis(self, module: Any) -> int:
         return -len(module.kernel_size) - 1
 
+    def by_itself(self, module: Any, dims: int, axis: int) -> Collection[int]:
+        # token mixing: a kernel of one over [B, tokens, C]
+        alone = all(n == 1 for sizes in (module.kernel_size, module.stride) for n in sizes)
+        return _others(dims, axis) if alone and set(module.padding) == {0} else self.apart(dims, axis)
+
     def dims(self, module: Any, name: str) -> Mapping[Side, int]:
         if name != "weight":
             return self.tensors.get(name, {})
@@ -246,11 +255,16 @@ class _GroupNorm(Layer):
 
 
 class _LayerNorm(Layer):
+    """Over the last dimension, or of shape ``[C, 1, 1]`` (GCNet) over the one ahead of dimensions of size 1."""
+
     def input_axis(self, module: Any) -> int:
-        return int(getattr(module, "axis", self.axis))
+        return int(getattr(module, "axis", -len(module.normalized_shape)))
 
     def reads(self, module: Any) -> bool:
-        return len(module.normalized_shape) == 1
+        return all(n == 1 for n in module.normalized_shape[1:])
+
+    def set_size(self, module: Any, name: str, size: int) -> None:
+        setattr(module, name, (size, *getattr(module, name)[1:]))
 
 
 class _InstanceNorm(Layer):

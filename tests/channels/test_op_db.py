@@ -44,7 +44,7 @@ WITHOUT_RULE = set(
     diagonal_copy diagonal_scatter dot embedding_renorm expand_copy hash_tensor histogram huber_loss isin
     linalg_cross linalg_ldl_factor_ex linalg_ldl_solve linalg_matrix_sqrth linalg_polar lu_unpack masked_scatter
     max_pool2d_with_indices_backward mse_loss multi_margin_loss multilabel_margin_loss_forward mv narrow_copy
-    native_group_norm native_layer_norm new_empty_strided nll_loss2d_forward nll_loss_forward nonzero_static
+    new_empty_strided nll_loss2d_forward nll_loss_forward nonzero_static
     permute_copy put randint_like renorm resize resize_as searchsorted segment_reduce select_scatter smooth_l1_loss
     soft_margin_loss split_with_sizes_copy squeeze_copy t_copy take torch_nn::_linear_cross_entropy_batch_chunked
     torch_nn::_linear_cross_entropy_batch_chunked_no_reduction transpose_copy unbind_copy unfold_copy

@@ -182,3 +182,32 @@ class Prefix(nn.Module):
 def test_a_slice_of_no_length_is_no_partner() -> None:
     groups = find_groups(Prefix(), torch.randn(2, 3, 6))
     assert [group.frozen for group in groups] == [None, "the model returns these channels"]
+
+
+def test_norms_called_as_functions_say_what_to_write_instead() -> None:
+    class Norms(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.a, self.b, self.kind = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), kind
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            if self.kind == "group":
+                return self.b(nn.functional.group_norm(x, 4))
+            if self.kind == "layer":
+                return self.b(nn.functional.layer_norm(x.movedim(1, -1), (8,)).movedim(-1, 1))
+            if self.kind == "space":
+                return self.b(nn.functional.layer_norm(x, x.shape[2:]))
+            return self.b(nn.functional.instance_norm(x))
+
+    def left(kind: str) -> str | None:
+        net, x = Norms(kind), torch.randn(2, 3, 6, 6)
+        groups = find_groups(net, x)
+        verify_and_freeze(net, groups, x, seconds=60)
+        return groups[0].frozen
+
+    assert left("group") == (
+        "F.group_norm runs over the channels, where a module nn.GroupNorm could lose some, in Norms.forward"
+    )
+    assert (left("layer") or "").startswith("F.layer_norm runs over the channels, where a module nn.LayerNorm could")
+    assert left("space") is None and left("instance") is None

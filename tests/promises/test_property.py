@@ -539,6 +539,9 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     "an LSTM reads it": (Program((C, op("read"), op("linear"))), FIRST),
     "a bidirectional GRU reads it": (Program((C, op("read", form=nn.GRU, both=True), op("linear"))), FIRST),
     "deformable": (Program((C, op("deformable"), op("norm"), LAST)), ["conv0.conv", "deformable1.conv"]),
+    "deformable, as a function": (Program((C, op("deformable", function=True), op("norm"), LAST)), FIRST),
+    "a layer norm of three axes": (Program((C, op("context"), LAST)), ["conv0.conv", "context1.reduce"]),
+    "a convolution over positions": (Program((C, op("tokens"), op("positioned"), op("linear"))), FIRST),
     "an unused module": (Program((C, op("side", form="unused"), LAST)), ["conv2.conv"]),
 }
 

@@ -59,18 +59,54 @@ def read(x: Value, *, form: type[nn.RNNBase] = nn.LSTM, width: int = 4, both: bo
 
 
 class Deformable(nn.Module):
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, function: bool) -> None:
         super().__init__()
-        self.offset = nn.Conv2d(channels, 18, 3, padding=1)
-        self.conv = torchvision.ops.DeformConv2d(channels, width, 3, padding=1)
+        self.offset, self.function = nn.Conv2d(channels, 18, 3, padding=1), function
+        self.conv = (nn.Conv2d if function else torchvision.ops.DeformConv2d)(channels, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, 0.1 * self.offset(x))
+        offset = 0.1 * self.offset(x)
+        if self.function:
+            return torchvision.ops.deform_conv2d(x, offset, self.conv.weight, self.conv.bias, padding=1)
+        return self.conv(x, offset)
+
+
+@ingredient(width=WIDTHS, function=SOME)
+def deformable(x: Value, *, width: int = 8, function: bool = False) -> Made:
+    return Deformable(x.channels, width, function) if x.dims == 2 else None
+
+
+class Context(nn.Module):
+    """GCNet's context, with a layer norm of shape ``[C, 1, 1]``."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.reduce, self.norm = nn.Conv2d(channels, width, 1), nn.LayerNorm([width, 1, 1])
+        self.expand = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.expand(F.relu(self.norm(self.reduce(x.mean((2, 3), keepdim=True)))))
 
 
 @ingredient(width=WIDTHS)
-def deformable(x: Value, *, width: int = 8) -> Made:
-    return Deformable(x.channels, width) if x.dims == 2 else None
+def context(x: Value, *, width: int = 8) -> Made:
+    return Context(x.channels, width) if x.dims == 2 else None
+
+
+class Positioned(nn.Module):
+    """gMLP: a convolution of kernel one over the positions of tokens."""
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        self.norm, self.spatial = nn.LayerNorm(channels), nn.Conv1d(length, length, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.spatial(self.norm(x)))
+
+
+@ingredient()
+def positioned(x: Value) -> Made:
+    return Positioned(x.channels, x.tensor.shape[1]) if x.kind == "tokens" else None
 
 
 class TwoNames(nn.Module):

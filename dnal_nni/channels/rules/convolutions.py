@@ -34,6 +34,21 @@ def convolution(flow: Flow, op: Operation) -> None:
             flow.note_sizes([groups], array, (groups,))
         flow.put(op.out, [lay(array, 1, op.out.dim()) for array in met], x.site if offset is None else None)
         return
+    _layer(flow, op, groups, reads, makes)
+
+
+@rule("torchvision::deform_conv2d")
+def deformable(flow: Flow, op: Operation) -> None:
+    """A deformable convolution that is no layer; how many offsets and masks it takes is up to its kernel."""
+    for name in ("offset", "mask"):
+        flow.freeze(flow.of(op.argument(name)), f"{op.name} takes these channels as offsets")
+    _layer(flow, op, op.argument("groups"), 1, 0)
+
+
+def _layer(flow: Flow, op: Operation, groups: int, reads: int, makes: int) -> None:
+    """A convolution with a bare parameter; ``reads`` and ``makes``: the dimensions of its kernel."""
+    x, weight, bias = (flow.of(op.argument(name)) for name in ("input", "weight", "bias"))
+    kernel, offset = op.argument("weight"), op.argument("bias")
     sides = [next((a for a in weight.arrays if axes_of(a) == (d,)), None) if weight else None for d in (reads, makes)]
     reader, source = (flow.parameter(a) if a is not None else None for a in sides)
     alone = kernel.shape[makes] == 1  # a single channel, which stays

@@ -27,3 +27,19 @@ def batch_norm(flow: Flow, op: Operation) -> None:
     for out in flatten_tensors(op.out):  # the statistics too
         if out.numel() >= shape[1]:
             flow.put(out, [lay(a, 1 if out.dim() > 1 else 0, out.dim()) for a in met], None)
+
+
+@rule("native_layer_norm", "native_group_norm", "_fused_rms_norm")
+def statistics(flow: Flow, op: Operation) -> None:
+    """Norms whose statistics run over channels: those of modules are taken over the open ones, a function's cannot."""
+    name = op.name.removeprefix("native_").removeprefix("fused_")
+    module = {"layer_norm": "nn.LayerNorm", "group_norm": "nn.GroupNorm"}.get(name, "nn.RMSNorm")
+    what = f"F.{name} runs over the channels, where a module {module} could lose some,"
+    x, *affine = (flow.of(op.args[0]), flow.of(op.argument("weight")), flow.of(op.argument("bias")))
+    for labels in affine:
+        flow.freeze(labels, what)
+    if x is not None:
+        axes = op.argument("normalized_shape")
+        arrays = flow.mix(x, range(1 if axes is None else -len(axes), len(x.shape) if axes is None else 0), what)
+        for out in flatten_tensors(op.out):  # the statistics too
+            flow.put(out, [array.reshape(array.shape[: out.dim()]) for array in arrays], None)
