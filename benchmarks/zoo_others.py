@@ -176,7 +176,7 @@ TRANSFORMERS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 PYTORCHCV = """
     resnet10 preresnet10 resnext26_32x4d seresnet10 senet16 cbam_resnet18 bam_resnet18 ibn_resnet50 airnet50_1x64d_r2
     condensenet74_c4_g4 sparsenet121 pyramidnet101_a360 dpn68 shufflenet_g3_w1 menet108_8x1_g3 mobilenet_w1 igcv3_w1
-    mnasnet_b1 darknet53 dla34 res2net50_w14_s8 hrnet_w18_small_v1 bagnet9 peleenet squeezenet_v1_0
+    mnasnet_b1 darknet53 dla34 hrnet_w18_small_v1 bagnet9 peleenet squeezenet_v1_0
     """.split()
 
 
@@ -201,7 +201,7 @@ def _others() -> Iterator[Other]:
     for name, (kind, shape, settings) in TRANSFORMERS.items():
         yield other(f"transformers_{name}", "transformers", shape, functools.partial(Transformer, kind, dict(settings)))
     for name in PYTORCHCV:
-        yield other(f"pytorchcv_{name}", "pytorchcv", (2, 3, 64, 64), _of("pytorchcv.model_provider:get_model", name))
+        yield other(f"pytorchcv_{name}", "pytorchcv", (2, 3, 224, 224), _of("pytorchcv.model_provider:get_model", name))
     facenet = _of("facenet_pytorch:InceptionResnetV1", pretrained=None)
     yield other("facenet_inception_resnet_v1", "facenet_pytorch", (2, 3, 128, 128), facenet)
     yield other("efficientnet_pytorch_b0", "efficientnet_pytorch", (2, 3, 64, 64), _efficientnet)

@@ -174,6 +174,8 @@ class Trace(DispatchMode):
             self.graph.read_by(ends["in"], labels.site if labels is not None else None)
         else:
             self.flow.freeze(labels, f"{path} needs all channels of its input")
+        if passed and not module.training:
+            self.works.append(Work(path, float(sum(t.numel() for t in flatten_tensors(out))), tuple(passed)))
         if "out" in ends:
             if not per_channel:
                 self.graph.producers.add(ends["out"].key)

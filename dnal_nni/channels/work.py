@@ -24,7 +24,7 @@ class Work:
     """One operation.
 
     Attributes:
-        path: the module in whose forward it ran.
+        path: the module in whose forward it ran; a layer that ran at positions which may go.
         amount: of its multiply-adds, as fvcore counts them.
         factors: arrays of channel ids (-1: a fixed position); the amount grows with the open share of each.
     """
@@ -83,9 +83,15 @@ def _elementwise(scale: float, of_input: bool = False) -> Rule:
     return rule
 
 
+def _deformable(args: Any, out: Any) -> list[tuple[float, Operands]]:
+    x, weight = args[:2]
+    return [(len(x) * weight.numel() * math.prod(out.shape[2:]), [(out, {1: 0}), (x, {1: 1}), (weight, {0: 0, 1: 1})])]
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
     "convolution": _convolution,
+    "deform_conv2d": _deformable,
     **dict.fromkeys(
         (
             *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
@@ -110,7 +116,7 @@ RULES: dict[str, Rule] = {
 def note(works: list[Work], flow: Flow, path: str, func: Any, args: Any, out: Any) -> None:
     """Append what an operation does, if it is one that is counted."""
     rule = RULES.get(func.overloadpacket.__name__)
-    if rule is None or func.namespace != "aten":
+    if rule is None or func.namespace not in ("aten", "torchvision"):
         return
     for amount, operands in rule(args, out):
         found: list[tuple[set[int], Tensor]] = []

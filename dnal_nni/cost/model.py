@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,8 +136,9 @@ class CostModel:
         self.dense = Complexity(flops_of[""], sum(p.numel() for p in model.parameters()), whole)
         rows = _Rows(self.active)
         self.means, self.shares, self.base = rows.means, rows.shares, rows.base
-        terms = _layer_terms(model, rows.of, flops_of, latency_of)
-        terms += _operation_terms(self.active, rows.of, flops_of)
+        operations = _operations(self.active, rows.of)
+        terms = _layer_terms(model, rows.of, flops_of, latency_of, operations)
+        terms += _operation_terms(operations, flops_of, {term.place for term in terms})
         terms = _with_candidates(model, rows.of, terms, flops_of, latency_of)
         most = max(len(term.rows) for term in terms)
         # [most, terms]: the shares that each term is multiplied by
@@ -198,7 +199,11 @@ class CostModel:
 
 
 def _layer_terms(
-    model: nn.Module, row_of: Mapping[Any, int], flops_of: Mapping[str, int], latency_of: Mapping[str, LayerLatency]
+    model: nn.Module,
+    row_of: Mapping[Any, int],
+    flops_of: Mapping[str, int],
+    latency_of: Mapping[str, LayerLatency],
+    operations: Mapping[str, Sequence[tuple[float, tuple[int, ...]]]],
 ) -> list[Term]:
     """Layers, and parameters that a forward reads itself."""
     terms = []
@@ -226,29 +231,45 @@ def _layer_terms(
         for name, weight in weights.items():  # at equal positions, FLOPs are as the numbers of weights
             sides, share = layer.grows_with(module, name), weight.numel() / whole_size
             both = into if "in" in sides else 0, out if "out" in sides else 0
-            terms.append(Term(path, flops * share, weight.numel(), time.by_both * share, both))
+            calls = operations.get(path, ())  # at positions that go
+            rest = 1 - sum(part for part, _ in calls)
+            terms.append(Term(path, flops * share * rest, weight.numel(), time.by_both * share, both))
+            terms += [Term(path, flops * share * part, 0.0, 0.0, (*both, *rows)) for part, rows in calls]
         terms.append(Term(path, 0.0, layer.vectors(module, "out"), time.by_out, (out,)))
         if into and "in" in layer.moves(module):
             terms.append(Term(path, 0.0, layer.vectors(module, "in"), time.by_in, (into,)))
     return terms
 
 
-def _operation_terms(
-    active: Sequence[ChannelGroup], row_of: Mapping[Any, int], flops_of: Mapping[str, int]
-) -> list[Term]:
-    """Operations outside of layers: shares of what is left of a module's FLOPs without those of its children."""
-    own = Counter(flops_of)
-    for path in flops_of:
-        if path:
-            own[path.rpartition(".")[0]] -= flops_of[path]
+def _operations(
+    active: Sequence[ChannelGroup], row_of: Mapping[Any, int]
+) -> dict[str, list[tuple[float, tuple[int, ...]]]]:
+    """By module, its operations: the share of each in what they all cost, and the rows that it grows with."""
     factors: dict[tuple[int, str, float], set[int]] = defaultdict(set)
     for group in active:
         for part in group.parts:
             factors[part.operation, part.path, part.share].add(row_of[part.operation, part.factor])
+    found: dict[str, list[tuple[float, tuple[int, ...]]]] = defaultdict(list)
+    for (_, path, share), rows in sorted(factors.items()):
+        found[path].append((share, tuple(sorted(rows))))
+    return found
+
+
+def _operation_terms(
+    operations: Mapping[str, Sequence[tuple[float, tuple[int, ...]]]],
+    flops_of: Mapping[str, int],
+    layers: Collection[str],
+) -> list[Term]:
+    """Operations outside of ``layers``: shares of what is left of a module's FLOPs without those of its children."""
+    own = Counter(flops_of)
+    for path in flops_of:
+        if path:
+            own[path.rpartition(".")[0]] -= flops_of[path]
     return [
-        Term(path, share * own[path], 0.0, 0.0, tuple(sorted(rows)))
-        for (_, path, share), rows in sorted(factors.items())
-        if own[path] > 0
+        Term(path, share * own[path], 0.0, 0.0, rows)
+        for path, each in operations.items()
+        if own[path] > 0 and path not in layers
+        for share, rows in each
     ]
 
 
