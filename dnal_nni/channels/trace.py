@@ -1,8 +1,8 @@
 """Draw the coupling graph of a model by running it: layers are read whole, everything between them op by op.
 
-torch-pruning rebuilds the graph from autograd, and guesses index maps from shapes; on a third of a model zoo that
-crashes, never ends or is silently wrong (`benchmarks/results/zoo_torch_pruning_graph.jsonl`). Here the labels of the
-channels travel with the tensors through the very operations that the model runs, in eval and in train mode.
+torch-pruning rebuilds the graph from autograd, and guesses index maps from shapes, which can crash, never end or be
+silently wrong (`docs/models.md` compares both on a zoo). Here the labels of the channels travel with the tensors
+through the very operations that the model runs, in eval and in train mode.
 """
 
 from __future__ import annotations

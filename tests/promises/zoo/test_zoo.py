@@ -18,9 +18,9 @@ from dnal_nni.surgery.slim import Keep, slim_copy
 timm = pytest.importorskip("timm")
 
 import zoo  # noqa: E402
-from zoo import Record, explain, run_isolated, run_model  # noqa: E402
+from zoo import WALL_SECONDS, Record, explain, run_isolated, run_model  # noqa: E402
 from zoo_models import EXPECTED_TO_SHRINK, MODELS, NOTES, families  # noqa: E402
-from zoo_table import SHRUNK  # noqa: E402
+from zoo_table import NEAR, SHRUNK  # noqa: E402
 
 FAST = (
     "resnet18",  # residual
@@ -43,6 +43,19 @@ MUST_SHRINK = (
     "timm_resnest14d",
 )
 """Whole families of architectures hang on these: none of the five of `EXPECTED_TO_SHRINK` that may stay whole."""
+
+UNREAD = frozenset(
+    """
+    shufflenet_v2_x1_0 swin_t vit_b_16 ssdlite320_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn
+    maxvit_t swin_v2_t timm_dla60_res2net timm_res2net50_26w_4s timm_resnest14d timm_eca_nfnet_l0
+    timm_mobilevit_xxs timm_cspresnet50 timm_dpn68 timm_ecaresnet26t timm_gcresnet33ts timm_mixnet_s
+    timm_tresnet_m timm_densenetblur121d timm_vit_tiny_patch16_224 timm_nf_resnet26 timm_edgenext_xx_small
+    timm_mobilevitv2_050 timm_cspdarknet53 timm_cs3darknet_m timm_skresnet18 timm_rexnet_100 timm_poolformer_s12
+    timm_inception_next_atto
+    """.split()
+)
+"""Of the 85 of the notes, those on which torch-pruning's own pruner crashes or hangs; the last puts a split together in
+another order, and its channels are confused."""
 
 SECONDS = 120
 
@@ -87,13 +100,24 @@ def test_most_lose_a_fifth_of_their_flops() -> None:
     assert len(EXPECTED_TO_SHRINK) - len(whole) >= 80, "\n\n".join(map(explain, whole))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(EXPECTED_TO_SHRINK))
+def test_torch_prunings_graph_is_as_good_where_it_is_right_and_never_wrong(name: str) -> None:
+    record = run_isolated(MODELS[name], wall=2 * WALL_SECONDS, options=["--graph", "torch-pruning"])
+    if name in UNREAD and record["status"] == "refused":
+        return
+    check(record)
+    if name not in UNREAD:
+        assert record["flops"]["left"] <= NEAR * outcome(name)["flops"]["left"], explain(record)
+
+
 def test_the_list_holds_every_family() -> None:
     offered = {torchvision.models.get_model_builder(n).__module__ for n in torchvision.models.list_models()}
     offered |= {timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
     quantized = {name for name in offered if name.startswith("torchvision.models.quantization.")}
     assert offered - quantized <= families()
     assert len(EXPECTED_TO_SHRINK) == 85 and len(NOTES) == 55 and EXPECTED_TO_SHRINK <= MODELS.keys()
-    assert set(FAST) | set(MUST_SHRINK) <= MODELS.keys()
+    assert set(FAST) | set(MUST_SHRINK) <= MODELS.keys() and UNREAD <= EXPECTED_TO_SHRINK
     assert sum(entry.source == "timm" for entry in MODELS.values()) >= 60
 
 
