@@ -210,17 +210,19 @@ def reason_class(reason: str) -> str:
 def cost_errors(
     model: nn.Module, groups: Sequence[ChannelGroup], inputs: tuple[Any, ...], keep: Keep
 ) -> dict[str, float] | None:
-    """How far the cost model is from fvcore's count of the cut network, relative to that; None where it cannot count.
+    """How far the cost model is from fvcore's count of the cut network, relative to that; None where it cannot count, or nothing is cut.
 
     At the random cut, and with as few units in every group as may be left.
     """
     active = [group for group in groups if group.frozen is None]
     fewest = {g.name: torch.arange(g.channels) < max(1, g.least) for g in active}
+    if not active:
+        return None
     try:
         cost = CostModel(model, groups, inputs)
         found = {}
         for name, masks in (("cut", keep), ("fewest", fewest)):
-            units = torch.cat([masks[g.name] for g in active]).double() if active else torch.zeros(0).double()
+            units = torch.cat([masks[g.name] for g in active]).double()
             counted = measure(slim_copy(model, groups, masks), inputs).flops
             found[name] = abs(float(cost.flops(units)) / counted - 1) if counted else 0.0
     except DNALError:

@@ -8,6 +8,7 @@ layer: the units are the connected components, as in our own graph.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -19,11 +20,12 @@ from ..errors import DNALError
 from ..modules.adapters import adapt
 from ..modules.functions import FunctionLayer
 from ..modules.layers import Layer, RMSNorm, Side, kinds, layer_of, set_kind
-from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded, twin
+from ..modules.running import call, flatten_tensors, seeded, twin
 from .counts import Equal, StoredSize
+from .deadline import REMEDY, Deadline
 from .graph import CouplingGraph, Vertex
 from .shapes import Shapes
-from .tp_walk import GRAPH, REMEDY, Deadline, Walk
+from .tp_walk import GRAPH, Walk
 from .trace import names_of_tensors
 from .work import Work
 
@@ -145,30 +147,27 @@ def _built(model: nn.Module, dummy_input: Any, shapes: Shapes, deadline: Deadlin
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # else there is no graph
 
-    class Guarded(torch_pruning().DependencyGraph):  # type: ignore[misc]
-        # torch-pruning looks for numbers of channels along all paths at once, of which there may be any number
-
-        def get_out_channels(self, module_or_node: Any) -> Any:
-            deadline.check(f"torch-pruning's graph of {name} is not built")
-            return super().get_out_channels(module_or_node)
-
-        def get_in_channels(self, module_or_node: Any) -> Any:
-            deadline.check(f"torch-pruning's graph of {name} is not built")
-            return super().get_in_channels(module_or_node)
-
     def forward(mode: bool) -> Callable[[nn.Module, Any], list[Tensor]]:
         def run(model: nn.Module, inputs: Any) -> list[Tensor]:
             return [out for out in flatten_tensors(call(model.train(mode), inputs)) if out.grad_fn is not None]
 
         return run
 
+    def build(mode: bool) -> DependencyGraph:
+        with torch.enable_grad():
+            graph = torch_pruning().DependencyGraph()
+            return graph.build_dependency(model, dummy_input, forward_fn=forward(mode), verbose=False)
+
     graphs = []
     for mode in [False, True] if set(shapes.inputs) - shapes.eval else [False]:
+        late = f"torch-pruning's graph of {name} is not built"
         try:
-            with seeded(model), torch.enable_grad(), warnings.catch_warnings():
+            with seeded(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what it guesses, which is verified
-                graph = Guarded().build_dependency(model, dummy_input, forward_fn=forward(mode), verbose=False)
-        except FORWARD_ERRORS as error:
+                graph = deadline.run(functools.partial(build, mode), late)
+        except DNALError:
+            raise
+        except Exception as error:
             what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             raise DNALError(f"torch-pruning cannot build its graph of {name} ({what}): {REMEDY}") from error
         graphs.append(graph)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,29 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import DNALError
 from ..modules.layers import Layer, layer_of
+from .deadline import REMEDY, Deadline
 from .graph import Vertex
 
 if TYPE_CHECKING:
     from .dependency import Dependencies, DependencyGraph
 
 GRAPH: Literal["torch-pruning"] = "torch-pruning"
-REMEDY = "leave graph= out, and the operations of the model are followed instead"
-
-
-class Deadline:
-    """A limit on building a graph and reading it.
-
-    Args:
-        seconds: from now on.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self._end = seconds, time.monotonic() + seconds
-
-    def check(self, what: str) -> None:
-        """Raise once it is over; ``what`` has not been done then."""
-        if time.monotonic() > self._end:
-            raise DNALError(f"{what} within {self.seconds:g} seconds: {REMEDY}, or pass a smaller dummy_input")
 
 
 def _is_output(node: Any) -> bool:
@@ -178,7 +161,11 @@ class Walk:
             return channels, channels
         items: list[Any] = [_Index(channel, channel) for channel in channels.tolist()]
         for mapping in maps:
-            mapped = mapping(items)
+            try:
+                mapped = mapping(items)
+            except Exception as error:  # torch-pruning's guesses: of grouped queries, and of heads of no width
+                what = f"{type(error).__name__}: {error}"
+                raise DNALError(f"torch-pruning's graph has a map that fails ({what}): {REMEDY}") from error
             if any(item.root_idx is None for item in mapped):  # of grouped queries: one for one, in order
                 mapped = [_Index(new.idx, old.root_idx) for old, new in zip(items, mapped)]
             items = mapped

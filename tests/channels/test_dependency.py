@@ -1,6 +1,7 @@
 """torch-pruning's graph as a source of groups: the same where it is right, left whole where not, and never a hang."""
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -247,6 +248,38 @@ def test_a_graph_that_cannot_be_built_is_an_error_with_a_remedy(monkeypatch: pyt
     model = Function(torch.sigmoid)
     with pytest.raises(DNALError, match="graph is not read within 0 seconds"):
         groups_of(model, IMAGE, built(model))
+
+
+@pytest.mark.parametrize("how", ["never ends", "sleeps", "fails"])
+def test_whatever_torch_pruning_does_ends_in_an_error(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def build(graph: "tp.DependencyGraph", model: nn.Module, *args: object, **kwargs: object) -> None:
+        model.eval().a = nn.Identity()
+        if how == "fails":
+            raise OSError("no space")
+        while True:
+            time.sleep(60 if how == "sleeps" else 0)
+
+    monkeypatch.setattr(tp.DependencyGraph, "build_dependency", build)
+    monkeypatch.setattr(dependency, "SECONDS", 1.0)
+    model, threads, start = Function(torch.relu), threading.active_count(), time.monotonic()
+    layers = list(model.modules())
+    message = r"\(OSError: no space\): leave" if how == "fails" else "not built within 1 seconds: leave graph= out"
+    with pytest.raises(DNALError, match=message):
+        groups_of(model, IMAGE, GRAPH)
+    assert time.monotonic() - start < 20
+    time.sleep(0.2)
+    assert threading.active_count() == threads + (how == "sleeps")
+    assert model.training and list(model.modules()) == layers
+
+
+def test_a_map_that_fails_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object, idxs: list[object]) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    monkeypatch.setattr("torch_pruning.dependency.index_mapping._ConcatIndexMapping.__call__", fails)
+    model = Branches()
+    with pytest.raises(DNALError, match=r"a map that fails \(ZeroDivisionError: integer .*\): leave graph= out"):
+        groups_of(model, IMAGE, GRAPH)
 
 
 def test_the_model_stays_as_it_was_and_frozen_weights_are_no_obstacle() -> None:
