@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from provenance import commit
@@ -146,6 +147,7 @@ def forward(model: nn.Module, inputs: tuple[Any, ...], heads: Sequence[str] = ()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), without_dropout():
             torch.manual_seed(0)  # stochastic depth draws per sample: the same in both networks
+            np.random.seed(0)  # and wav2vec 2.0 the positions that it hides
             out = model(*inputs)
     finally:
         for hook in hooks:
@@ -210,7 +212,9 @@ def reason_class(reason: str) -> str:
 def cost_errors(
     model: nn.Module, groups: Sequence[ChannelGroup], inputs: tuple[Any, ...], keep: Keep
 ) -> dict[str, float] | None:
-    """How far the cost model is from fvcore's count of the cut network, relative to that; None where it cannot count, or nothing is cut.
+    """How far the cost model is from fvcore's count of the cut network, relative to that.
+
+    None where it cannot count, or nothing is cut.
 
     At the random cut, and with as few units in every group as may be left.
     """

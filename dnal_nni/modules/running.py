@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,14 +130,24 @@ class DispatchMode(TorchDispatchMode):
 
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
-    """The same random numbers every time, on the CPU and on the model's GPUs; the caller's are put back."""
+    """The same random numbers every time: torch's, on the CPU and on the model's GPUs, numpy's and Python's.
+
+    The caller's are put back.
+    """
+    others = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
         torch.default_generator.manual_seed(0)
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 def clone(model: nn.Module) -> nn.Module:

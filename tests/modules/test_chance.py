@@ -1,13 +1,16 @@
 """Random operations without chance."""
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_nni.modules.chance import WithoutChance
+from dnal_nni.plan import Plan
 from dnal_nni.surgery.compare import difference, outputs
 
 X = torch.randn(3, 4, 5)
@@ -70,3 +73,30 @@ def test_a_run_that_is_made_again_moves_statistics_once() -> None:
     net = Noisy(3)
     outputs(net, torch.randn(6, 4), (), "train")
     assert int(net.norm.num_batches_tracked) == 1
+
+
+class MasksTime(nn.Module):
+    """As wav2vec 2.0 does: numpy draws the positions that training hides, Python the ones that it never sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(1, 12, 3), nn.ReLU(), nn.Conv1d(12, 6, 3))
+        self.head = nn.Conv1d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if self.training:
+            x = x * torch.from_numpy(np.random.rand(x.shape[-1]) > 0.3)
+            x = x * (torch.arange(x.shape[-1]) != random.randrange(x.shape[-1]))
+        return self.head(x)
+
+
+def test_numpy_and_python_draw_the_same_for_both_and_go_on_as_they_were() -> None:
+    np.random.seed(3)
+    random.seed(3)
+    expected = np.random.rand(), random.random()
+    np.random.seed(3)
+    random.seed(3)
+    plan = Plan.of(MasksTime(), torch.randn(2, 1, 20))
+    assert [group.name for group in plan.active] == ["body.0", "body.2"]
+    assert (np.random.rand(), random.random()) == expected
