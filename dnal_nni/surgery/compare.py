@@ -23,6 +23,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 VALUES = 8  # that a batch norm averages over, at least, where sliced and gated are compared
 
 _AMPLIFIED = 10.0  # how much more than a moved input may rounding, in every layer, move the output
+_DEAD = 1e-7  # what moves by less, relative to its size, shows nothing: a wrong cut ahead of it could pass
 _BLIND = 1e-4  # no gap larger than this passes for rounding: it could hide a wrong cut
 
 _Dropout = nn.modules.dropout._DropoutNd
@@ -252,6 +253,16 @@ def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str, dr
         for handle in handles:
             handle.remove()
     return returned, list(flatten_tensors(watched))
+
+
+def responds(found: Outputs) -> bool:
+    """Whether anything that a model returned, or that was watched, differs between the samples of the batch.
+
+    It does not where all that is left of a narrow network without norms is dead (ReLU): nothing ahead of it shows.
+    """
+    tensors = [x for x in (*found[0], *found[1]) if x.dim() > 1 and x.shape[0] > 1 and x.is_floating_point()]
+    gaps = [_distance(x, x[:1].expand_as(x)) for x in tensors]
+    return not gaps or any(gap > _DEAD * scale for gap, scale in gaps)
 
 
 def _reference(

@@ -16,7 +16,7 @@ from ..channels.groups import ChannelGroup
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.layers import Norm
 from ..modules.running import FORWARD_ERRORS, Example, clone, flatten_tensors, raised_in, twin
-from .compare import Comparison, example_like, outputs, unmoved
+from .compare import Comparison, example_like, outputs, responds, unmoved
 from .inject import attach
 from .precise import in_dtype
 from .slim import Keep, slim_twin
@@ -82,7 +82,7 @@ def hard_gated_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep
 def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> int:
     """Slice the model and compare it with its hard-gated form; what differs changes its gate site or is frozen.
 
-    One trial of all groups, with both input sizes and kinds of masks, when all is well. Otherwise groups are admitted a
+    One trial of all groups, with every input size and kind of mask, when all is well. Otherwise groups are admitted a
     half at a time, each together with all that were admitted before, under what has failed alone; and a trial of all
     that are left has the last word. What could not be compared within ``seconds`` is frozen.
 
@@ -144,6 +144,11 @@ class _Verification:
         self.comparison: Comparison | None = None
 
     @property
+    def inputs(self) -> list[Any]:
+        """One size or two, the quickest first."""
+        return sorted([*self.others[:1], self.full], key=_numel)
+
+    @property
     def active(self) -> list[ChannelGroup]:
         return [g for g in self.groups if g.frozen is None]
 
@@ -189,8 +194,7 @@ class _Verification:
     # -- trials -------------------------------------------------------------------------------------------------------
 
     def _trial(self, active: Sequence[ChannelGroup]) -> _Failure | None:
-        """Compare with random masks: in eval mode at another size, in both modes on the input, and at the other size
-        with the statistics that training has left. Then in eval mode with one unit left of every other group.
+        """Compare with random masks; and in eval mode, on the quickest input, with one unit left of every other group.
 
         That unit is one that the random mask drops: of two units, each is then left alone once. The groups between are
         whole, so that what counts on equal numbers is found out. (In train mode the statistics of single channels
@@ -198,12 +202,14 @@ class _Verification:
         """
         self.trials += 1
         random = random_keep(active, None, self.trials)
-        other = self.others[0] if self.others else self.full
-        quickest = min(self.full, other, key=_numel)
-        steps = [_Step(self.full, "eval"), _Step(self.full, "train"), _Step(other, "eval")]
-        if quickest is not self.full:  # what fails is found at once
-            steps.insert(0, _Step(quickest, "eval"))
+        inputs = self.inputs
+        steps = [_Step(x, mode) for x in inputs for mode in ("eval", "train")]
+        if len(inputs) == 1:
+            steps.append(_Step(inputs[0], "eval"))  # with the statistics that training has left
         failure = self._compare(active, random, steps)
+        if failure is None and self.comparison is not None and not responds(self.comparison.expected):
+            random = random_keep(active, 0.0, self.trials)  # dead channels prove nothing: nearly the whole network
+            failure = self._compare(active, random, steps)
         alone = {g.name: _alone(random[g.name], max(1, g.least)) for g in active}
         for parity in range(min(2, len(alone))):
             if failure is not None:
@@ -215,7 +221,7 @@ class _Verification:
             # where scores tie, as nearly empty networks' do, rounding chooses labels and indices
             chosen = any(not out.is_floating_point() for out in self.comparison.expected[0])
             watched = bool(whole_outputs(self.form, self.groups))
-            failure = self._compare(active, keep, [_Step(quickest, "eval", not (chosen and watched))])
+            failure = self._compare(active, keep, [_Step(inputs[0], "eval", not (chosen and watched))])
         return failure
 
     def _compare(self, groups: Sequence[ChannelGroup], keep: Keep, steps: Sequence[_Step]) -> _Failure | None:

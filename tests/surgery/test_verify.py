@@ -70,9 +70,8 @@ def whole(groups: Sequence[ChannelGroup]) -> dict[str, str]:
 def test_one_trial_when_all_is_well() -> None:
     groups, trials = verified(Stack(6))
     assert not whole(groups) and trials == 1
-    # two networks: random masks at the other size, in both modes at this one, at the other with what training has left;
-    # and twice in eval mode with one unit left of every other group
-    assert passes == {"eval": 2 * (3 + 2), "train": 2}
+    # two networks: random masks in both modes and sizes, and twice in eval mode with one unit left of every other group
+    assert passes == {"eval": 2 * (2 + 2), "train": 2 * 2}
 
 
 def test_a_bad_group_costs_two_passes_for_every_halving() -> None:
@@ -90,6 +89,14 @@ def test_bad_groups_are_left_and_no_others() -> None:
     groups, _ = verified(Stack(20, bad=bad))
     assert list(whole(groups)) == [f"convs.{i}" for i in bad]
     assert all("would change the output" in reason for reason in whole(groups).values())
+
+
+@pytest.mark.parametrize("seed", [79, 213])
+def test_channels_that_die_under_the_first_masks_prove_nothing(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Stack(32, bad=[20])
+    assert list(whole(verified(net)[0])) == ["convs.20"]
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -183,7 +190,8 @@ class Magnifies(nn.Module):
         x = torch.relu(self.conv(x))
         if self.wrong:
             x = x * (1 + x.shape[1] * 1e-3)
-        return torch.sin(1e4 * torch.sin(1e3 * self.head(x)))
+        # a sum goes in an order of its own for every number of channels; a product may not
+        return torch.sin(1e4 * torch.sin(1e3 * (self.head(x) + x.sum(1, keepdim=True)[..., 1:-1, 1:-1])))
 
 
 def test_rounding_that_a_network_magnifies_is_no_difference() -> None:
@@ -193,7 +201,7 @@ def test_rounding_that_a_network_magnifies_is_no_difference() -> None:
     pruner = DNALPruner(net, ALL, dummy_input=X)
     pruner.harden({"conv": torch.arange(99) % 5 > 1})
     pruner.speedup()
-    assert pruner.report.relative_diff < 1e-6
+    assert 1e-9 < pruner.report.relative_diff < 1e-6
 
 
 def test_a_wrong_cut_is_seen_all_the_same() -> None:
