@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -271,9 +271,9 @@ class _Data:
     def steps(self) -> int:
         """How many batches an epoch has."""
         try:
-            steps = len(self.loader)  # type: ignore[arg-type]
-            if isinstance(self.loader, (str, Mapping)):
+            if not isinstance(self.loader, Sized) or isinstance(self.loader, (str, Mapping)):
                 raise TypeError
+            steps = len(self.loader)
         except TypeError:
             raise DNALError(
                 f"compress({self.name}=...) is {shown(self.loader)}: give a DataLoader, or a list of batches; a "

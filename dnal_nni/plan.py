@@ -269,12 +269,12 @@ def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, 
     found = [(group.name, group.channels, group.frozen) for group in groups]
     check_same("the model's channel groups", found, "make the same model on every rank")
 
-    def compare() -> list[tuple[Site, str | None]]:
+    def compare() -> list[tuple[Site, int, str | None]]:
         verify_and_freeze(model, groups, dummy_input, seconds)
-        return [(group.site, group.frozen) for group in groups]
+        return [(group.site, group.least, group.frozen) for group in groups]
 
-    for group, (site, frozen) in zip(groups, from_first(compare)):
-        group.site, group.frozen = site, frozen
+    for group, (site, least, frozen) in zip(groups, from_first(compare)):
+        group.site, group.least, group.frozen = site, least, frozen
 
 
 def _objective(cost: CostModel, budget: Budget | None, settings: Sequence[Setting], within: Limits) -> Objective | None:

@@ -52,8 +52,11 @@ def x() -> Tensor:
 @pytest.fixture
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    make = lambda: (torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 10, (8,), generator=generator))  # noqa: E731
-    return [make() for _ in range(8)]
+
+    def made() -> tuple[Tensor, Tensor]:
+        return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 10, (8,), generator=generator)
+
+    return [made() for _ in range(8)]
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ class Count(int):
         return made
 
     def __eq__(self, other: object) -> bool:
-        equal = int.__eq__(self, other)  # type: ignore[operator]
+        equal = super().__eq__(other)
         if equal is True and isinstance(other, Count) and self.plain and other.plain:
             mine, theirs = self.sources[0], other.sources[0]
             for size, attribute in ((mine, theirs), (theirs, mine)):

@@ -167,7 +167,7 @@ def _built(model: nn.Module, dummy_input: Any, shapes: Shapes, deadline: Deadlin
                 graph = deadline.run(functools.partial(build, mode), late)
         except DNALError:
             raise
-        except Exception as error:
+        except Exception as error:  # torch-pruning's own faults, of any kind, and those of users' pruning functions
             what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             raise DNALError(f"torch-pruning cannot build its graph of {name} ({what}): {REMEDY}") from error
         graphs.append(graph)

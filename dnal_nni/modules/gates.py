@@ -119,6 +119,11 @@ class ChannelFactor(nn.Module):
         one = self.gates[0].s.new_ones(1)
         return torch.cat([*(gate.forward() for gate in self.gates), one]).index_select(0, self.index)
 
+    def multiplied(self, x: Tensor, dim: int) -> Tensor:
+        """``x`` times the factor, channels along ``dim`` (negative: from the end)."""
+        factor = self.factor()
+        return x if factor is None else x * factor.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChannelFactor:
         # `model.to(device)` and `.double()` reach the gates through here
         for gate in self.gates:
@@ -131,8 +136,7 @@ class AffineGate(ChannelFactor):
     """Multiplies a norm's weight and bias: ``g * norm(x)`` at no cost in activation memory."""
 
     def forward(self, affine: Tensor) -> Tensor:
-        factor = self.factor()
-        return affine if factor is None else affine * factor.to(affine.dtype).view(-1, *[1] * (affine.dim() - 1))
+        return self.multiplied(affine, 0)
 
 
 class WeightGate(AffineGate):
@@ -147,10 +151,7 @@ class WeightGate(AffineGate):
         self.dim = dim
 
     def forward(self, weight: Tensor) -> Tensor:
-        factor = self.factor()
-        if factor is None:
-            return weight
-        return weight * factor.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1 - self.dim))
+        return self.multiplied(weight, self.dim)
 
 
 class InputGate(ChannelFactor):
@@ -161,10 +162,7 @@ class InputGate(ChannelFactor):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self.factor()
-        if factor is None:
-            return x
-        return x * factor.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
+        return self.multiplied(x, self.dim)
 
 
 class StatisticsGate(ChannelFactor):

@@ -135,15 +135,15 @@ def seeded(model: nn.Module) -> Iterator[None]:
     The caller's are put back.
     """
     others = random.getstate(), np.random.get_state()
-    random.seed(0)
-    np.random.seed(0)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        torch.default_generator.manual_seed(0)
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
         try:
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(0)
             yield
         finally:
             random.setstate(others[0])

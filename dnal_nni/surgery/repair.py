@@ -6,6 +6,7 @@ is fitted as the pass reaches it: to the input that the layers ahead of it, fitt
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,8 +152,9 @@ class _Layers(TorchFunctionMode):
                 return self.layer(path, module, made)
         return func(*args, **kwargs)
 
+    @abc.abstractmethod
     def layer(self, path: str, module: nn.Module, made: _Call) -> Tensor:
-        raise NotImplementedError
+        """What this layer returns, which has been called so."""
 
 
 class _Recorder(_Layers):

@@ -88,7 +88,10 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))  # noqa: E731
+
+        def conv(i: int, o: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+
         self.inc, self.down, self.bottom = conv(3, 8), conv(8, 16), conv(16, 32)
         self.up1, self.conv1 = nn.ConvTranspose2d(32, 16, 2, stride=2), conv(32, 16)
         self.up2, self.conv2, self.outc = nn.ConvTranspose2d(16, 8, 2, stride=2), conv(16, 8), nn.Conv2d(8, 2, 1)
