@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import DNALError as DNALError
     from .modules.adapters import register_adapter as register_adapter
     from .modules.register import register_layer as register_layer
+    from .outcome import report_of as report_of
     from .plugin.masks import speedup as speedup
     from .plugin.pruner import DNALPruner as DNALPruner
     from .plugin.strategies.dnal import DNALStrategy as DNALStrategy
@@ -37,6 +38,7 @@ _HOME = {
     "register_adapter": "modules.adapters",
     "register_layer": "modules.register",
     "register_rule": "channels.rules.registry",
+    "report_of": "outcome",
     "save_compressed": "storage.compressed",
     "speedup": "plugin.masks",
 }

@@ -176,7 +176,7 @@ def compress(
     optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
     keep_best: bool = False,
     exclude: Sequence[str | nn.Module] = (),
-    channel_multiple: int = 1,
+    channel_multiple: int | None = None,
     verify_seconds: float = 60.0,
     dummy_input: Any = None,
     progress: bool = True,
@@ -200,7 +200,8 @@ def compress(
             ``lambda parameters: torch.optim.AdamW(parameters, 1e-3)``.
         keep_best: keep the epoch of fine-tuning that validates best, not the last.
         exclude: layers that keep all their outputs, with everything in them: names, or the modules themselves.
-        channel_multiple: channels that layers keep come in multiples of this number, or whole.
+        channel_multiple: channels that layers keep come in multiples of this number, or whole. None: 1; on a GPU, and
+            for a budget of latency, 8, or less where the budget has no structure of that.
         verify_seconds: time limit for proving what can be cut; what is not compared by then stays whole.
         dummy_input: what FLOPs are counted for; None: the first input of the data.
         progress: show bars.

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .arguments import shown
 from .budget import Complexity
 from .cost.sizes import layer_flops, tensor_bytes
+from .errors import DNALError
 from .plan import Plan
 from .report.record import GroupReport, Report, versions
 from .search.loop import Search
 from .search.ranks import from_first
 from .surgery.slim import Keep
+
+_reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # no attribute: a cut network knows nothing of us
+
+
+def report_of(network: nn.Module) -> Report:
+    """The report of a network that ``speedup()`` or :func:`~dnal_nni.compression.compress` returned in this process.
+
+    Raises:
+        DNALError: of this very object there is none: a copy, one from a file, or one that was not cut here.
+    """
+    report = _reports.get(network) if isinstance(network, nn.Module) else None
+    if report is None:
+        raise DNALError(
+            f"report_of({shown(network)}): no network that was cut in this process; a file of save_compressed keeps "
+            "its report: dnal_nni.storage.reports.read_report(path)"
+        )
+    return report
 
 
 def reported(
@@ -44,7 +64,7 @@ def reported(
         groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
     before, searched = plan.cost.dense, search if search is not None and search.done > 0 else None
     after, counts = from_first(lambda: plan.counted(slim, model))
-    return Report(
+    _reports[slim] = report = Report(
         before=before,
         after=after,
         groups=groups,
@@ -58,8 +78,14 @@ def reported(
         versions=versions(),
         file_bytes=(tensor_bytes(model), tensor_bytes(slim)),
         layer_flops=layer_flops(plan.cost.flops_of, counts),
-        notes=[*(searched.notes() if searched is not None else []), *_missed(plan, after), *sizeless(plan, searched)],
+        notes=[
+            *(searched.notes() if searched is not None else []),
+            *_missed(plan, after),
+            *_multiples(plan),
+            *sizeless(plan, searched),
+        ],
     )
+    return report
 
 
 def sizeless(plan: Plan, search: Search | None) -> list[str]:
@@ -77,7 +103,17 @@ def _missed(plan: Plan, after: Complexity) -> list[str]:
     """A sentence where the budget was not met."""
     if plan.budget is None or plan.objective is None:
         return []
-    ratio = plan.objective.measured(after) / float(plan.objective.targets[0])
-    if abs(ratio - 1) <= 0.01:
+    cost = plan.objective.measured(after)
+    if abs(cost / float(plan.objective.targets[0]) - 1) <= 0.01:
         return []
-    return [f"the cut costs {ratio:.3g} times the budget: no structure that its channels allow was found nearer"]
+    return [f"the cut costs {plan.distance(cost)}: no structure was found nearer"]
+
+
+def _multiples(plan: Plan) -> list[str]:
+    """A sentence where nobody asked for the multiple in which channels were kept."""
+    if plan.channel_multiple == 1 or len(plan.tried) == 1:
+        return []
+    return [
+        f"channels were kept in multiples of {plan.channel_multiple}, which suit latency and GPUs: channel_multiple=1 "
+        "lets widths be what they learn to be"
+    ]

@@ -25,6 +25,7 @@ from .search.close import exact_cut
 from .search.criteria import Criterion, check_criterion, criterion_scores, relative
 from .search.importance import importance
 from .search.loop import ArchOptimizer
+from .search.multiples import Held, first_that_fits, multiples
 from .search.objective import Limits, Objective
 from .search.paper import PAPER_LR, PaperScores
 from .search.ranks import check_same, from_first, is_first, world_size
@@ -45,22 +46,26 @@ class Plan:
     Attributes:
         groups: every channel group; those that stay whole say why.
         settings: what was asked of each active group.
-        limits: how many units of each active group may stay.
         cost: what the model costs as a function of the gates.
-        objective: what a search is held to: the budget, or ratios; None: nothing but a penalty on open gates.
         budget: what the cut network may cost, or None.
+        tried: the multiples of channels to try for a budget.
+        limits: how many units of each active group may stay.
+        objective: what a search is held to: the budget, or ratios; None: nothing but a penalty on open gates.
         channel_multiple: channels that layers keep come in multiples of this number.
+        nearest: where no structure within 1 % of the budget was found, what the nearest costs of the dense one.
         dummy_input: what the costs are counted for.
         seconds: what making it took.
     """
 
     groups: list[ChannelGroup]
     settings: Sequence[Setting]
-    limits: Limits
     cost: CostModel
-    objective: Objective | None
     budget: Budget | None
+    tried: Sequence[int]
+    limits: Limits
+    objective: Objective | None
     channel_multiple: int
+    nearest: float | None
     dummy_input: Any
     seconds: float = 0.0
 
@@ -73,7 +78,7 @@ class Plan:
         *,
         budget: Budget | None = None,
         selected: Mapping[str, Setting] | None = None,
-        channel_multiple: int = 1,
+        channel_multiple: int | None = None,
         verify_seconds: float = 60.0,
         graph: Graph = None,
     ) -> Plan:
@@ -86,7 +91,8 @@ class Plan:
             dummy_input: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             budget: what the cut network may cost.
             selected: what may lose channels, by layer name; None: every layer.
-            channel_multiple: channels that layers keep come in multiples of this number, or whole.
+            channel_multiple: channels that layers keep come in multiples of this number, or whole. None: 1; for a
+                budget on a GPU, and one of latency, 8, or less where the budget has no structure of that.
             verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then stay whole.
             graph: where the groups come from: see :func:`~dnal_nni.channels.groups.find_groups`.
 
@@ -116,9 +122,11 @@ class Plan:
         if timed:
             cost.load_latency_state(from_first(cost.latency_state))
         settings = [asked[group.name] for group in active]
-        within = limits(settings, active, channel_multiple)
-        objective = _objective(cost, budget, settings, within)
-        plan = cls(groups, settings, within, cost, objective, budget, channel_multiple, dummy_input)
+        tried = multiples(channel_multiple, budget, next(model.parameters()).device)
+        held = _held(cost, budget, settings, tried)
+        plan = cls(groups, settings, cost, budget, tried, *held, dummy_input=dummy_input)
+        if plan.nearest is not None:
+            logger.warning("%s lies between structures: the nearest costs %s", budget, plan.distance(plan.nearest))
         if timed:
             cost.load_latency_state(from_first(lambda: _calibrated(plan, model)))
         return dataclasses.replace(plan, seconds=time.perf_counter() - start)
@@ -177,15 +185,23 @@ class Plan:
             DNALError: for what is no budget, one that cannot be met, or a latency where none was measured.
         """
         check_budget(budget)
-        objective = _objective(self.cost, budget, self.settings, self.limits)
-        return dataclasses.replace(self, budget=budget, objective=objective)
+        held = _held(self.cost, budget, self.settings, self.tried)
+        return dataclasses.replace(self, budget=budget, **held._asdict())
 
-    def with_latencies(self, state: Mapping[str, Any]) -> Plan:
-        """The same plan with the latencies that another process measured (``cost.latency_state()``)."""
+    def distance(self, cost: float) -> str:
+        """How far from the budget a cost (of the dense one) lies, and why no structure lies nearer."""
+        assert self.objective is not None
+        times = f"{cost / float(self.objective.targets[0]):.3g} times the budget"
+        if (multiple := self.channel_multiple) > 1:
+            return f"{times}, since channels go by multiples of {multiple} (channel_multiple=1 comes nearer)"
+        return f"{times}, since the layers that may be cut have so few channels"
+
+    def resumed(self, latencies: Mapping[str, Any] | None, multiple: int) -> Plan:
+        """The same plan with what another process measured (``cost.latency_state()``), and the multiple it took."""
         cost = copy.copy(self.cost)
-        cost.load_latency_state(state)
-        objective = _objective(cost, self.budget, self.settings, self.limits)
-        return dataclasses.replace(self, cost=cost, objective=objective)
+        if latencies is not None:
+            cost.load_latency_state(latencies)
+        return dataclasses.replace(self, cost=cost, **_held(cost, self.budget, self.settings, [multiple])._asdict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +262,8 @@ class Method:
 
 def check_limits(budget: Any, channel_multiple: Any, verify_seconds: Any) -> None:
     """Raise for what is no budget, no multiple, or no time."""
-    if not isinstance(channel_multiple, int) or isinstance(channel_multiple, bool) or channel_multiple < 1:
+    whole = isinstance(channel_multiple, int) and not isinstance(channel_multiple, bool) and channel_multiple >= 1
+    if channel_multiple is not None and not whole:
         raise DNALError(f"channel_multiple={shown(channel_multiple)}: must be a whole number >= 1")
     check_budget(budget)
     if not isinstance(verify_seconds, (int, float)) or isinstance(verify_seconds, bool) or not verify_seconds > 0:
@@ -275,6 +292,16 @@ def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, 
 
     for group, (site, least, frozen) in zip(groups, from_first(compare)):
         group.site, group.least, group.frozen = site, least, frozen
+
+
+def _held(cost: CostModel, budget: Budget | None, settings: Sequence[Setting], tried: Sequence[int]) -> Held:
+    """The first multiple of channels that has a structure of this budget, and what goes with it."""
+
+    def objective_of(multiple: int) -> tuple[Limits, Objective | None]:
+        within = limits(settings, cost.active, multiple)
+        return within, _objective(cost, budget, settings, within)
+
+    return first_that_fits(tried, objective_of)
 
 
 def _objective(cost: CostModel, budget: Budget | None, settings: Sequence[Setting], within: Limits) -> Objective | None:

@@ -296,8 +296,9 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a search where :meth:`state_dict` left it: the next ``search(steps)`` goes on from there."""
         _check_state(self, state)
-        if state.get("latency") is not None:
-            self.plan = self.plan.with_latencies(state["latency"])
+        latencies, multiple = state.get("latency"), state.get("settings", {}).get("channel_multiple")
+        if latencies is not None or multiple not in (None, self.plan.channel_multiple):
+            self.plan = self.plan.resumed(latencies, multiple or self.plan.channel_multiple)
         for name, values in state["gates"].items():
             self.gates[name].take(values)
         self._resume, self.keep = state["search"], state["keep"]
@@ -364,7 +365,8 @@ def _check_state(session: Session, state: Mapping[str, Any]) -> None:
         raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
     mine, theirs = session.settings(), state.get("settings", {})
     for name, value in theirs.items():
-        if value != mine.get(name):
+        chosen = name == "channel_multiple" and value in session.plan.tried  # by latencies, which are never the same
+        if value != mine.get(name) and not chosen:
             raise DNALError(
                 f"load_state_dict: the search ran with {name}={value!r}, here it is {mine.get(name)!r}: make the "
                 "pruner as it was, or start anew"

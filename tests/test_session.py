@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from conftest import CONV
 from torch import Tensor, nn
 
-from dnal_nni import Budget, DNALError, DNALPruner, measure
+from dnal_nni import Budget, DNALError, DNALPruner, measure, report_of
 from dnal_nni.plan import Method, Plan
 from dnal_nni.search.settings import Setting
 from dnal_nni.session import Session
@@ -166,3 +167,13 @@ def test_a_group_keeps_what_the_model_needs() -> None:
         session.harden({"conv": torch.arange(8) < 1})
     session.harden({"conv": torch.arange(8) < 2})
     assert session.speedup().conv.out_channels == 2
+
+
+def test_a_cut_network_has_its_report(small: nn.Module, x: Tensor) -> None:
+    session = Session(small, Plan.of(small, x))
+    session.harden({})
+    slim = session.speedup()
+    assert report_of(slim) is session.report
+    for other, said in ((small, "report_of(a Small)"), ("slim", "report_of('slim')")):
+        with pytest.raises(DNALError, match=re.escape(said)):
+            report_of(other)

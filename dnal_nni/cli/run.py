@@ -196,8 +196,14 @@ class Run:
             before = self.state.get("accuracy")
             if before is None and self.test is not None:
                 before = self.accuracy(model)
-            limits, graph = settings.budget(), settings.graph
-            session = Session(model, Plan.of(model, self.dummy_input, budget=limits, graph=graph))
+            plan = Plan.of(
+                model,
+                self.dummy_input,
+                budget=settings.budget(),
+                channel_multiple=settings.channel_multiple,
+                graph=settings.graph,
+            )
+            session = Session(model, plan)
             stages = dataclasses.replace(stages, save=lambda state: self.save(stage="search", accuracy=before, **state))
             if self.state["epoch"] > 0:
                 own = model.state_dict()

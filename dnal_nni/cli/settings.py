@@ -162,6 +162,9 @@ class Settings(Options):
     )
     params: float | None = option(LIMIT, "parameters to keep; of several options, all hold", None, "F", nargs="+")
     latency: float | None = option(LIMIT, "milliseconds of one input to keep", None, "MS", nargs="+")
+    channel_multiple: int | None = option(
+        whole(1), "channels are kept in multiples of N, or whole; else 8 on a GPU and for --latency", None
+    )
     input: tuple[int, ...] | None = option(SHAPE, "a folder's images get this size (1,3,224,224)", None, "SHAPE")
     search_epochs: int = option(whole(1), "epochs of the search, in which the weights learn too", 3)
     epochs: int = option(whole(0), "epochs of fine-tuning", 10)
