@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
 import math
 import time
@@ -99,6 +100,8 @@ class Compression:
             update_bn(((batch[0],) for batch in batches), slim)
         report = session.report
         report.seconds["search"] = seconds
+        if report.interventions is not None:
+            report.interventions = dataclasses.replace(report.interventions, epochs=self.search_epochs)
         session.detach()
         with phase("measuring the latency"):
             dense_ms, slim_ms = latencies([session.model, slim], session.plan.dummy_input)
@@ -253,6 +256,11 @@ def compress(
         seconds = stages.search(session, NOTHING_DONE)
         slim, report = stages.cut(session, before, seconds)
         stages.finetune(slim, report, NOTHING_DONE)
+        own: dict[str, Any] = {"search_epochs": search_epochs, "epochs": epochs, "lr": lr, "keep_best": keep_best}
+        own |= {} if optimizer is None else {"optimizer": shown(optimizer)}
+        defaults = {name: parameter.default for name, parameter in inspect.signature(compress).parameters.items()}
+        if report.interventions is not None:
+            report.interventions = report.interventions.with_arguments(own, defaults)
     finally:
         if session is not None:
             session.detach()

@@ -11,10 +11,14 @@ from .arguments import shown
 from .budget import Complexity
 from .cost.sizes import layer_flops, tensor_bytes
 from .errors import DNALError
-from .plan import Plan
+from .modules.choices import Depth, Mixture, choices_of
+from .modules.layers import mixing
+from .plan import Method, Plan
+from .report.interventions import Interventions
 from .report.record import GroupReport, Report, versions
 from .search.loop import Search
 from .search.ranks import from_first
+from .search.settings import NOT_SELECTED, VALUES
 from .surgery.slim import Keep
 
 _reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # no attribute: a cut network knows nothing of us
@@ -43,6 +47,7 @@ def reported(
     search: Search | None,
     seconds: Mapping[str, float],
     differences: tuple[float, float],
+    method: Method,
 ) -> Report:
     """The report of a cut.
 
@@ -54,6 +59,7 @@ def reported(
         search: the one that decided about it, or None.
         seconds: what took how long, by name.
         differences: of gated and cut network, as :func:`~dnal_nni.surgery.compare.check_equal` has them.
+        method: how gates learn.
     """
     groups = []
     left = {path for path, _ in slim.named_modules()}
@@ -84,8 +90,48 @@ def reported(
             *_multiples(plan),
             *sizeless(plan, searched),
         ],
+        interventions=interventions(plan, model, searched, "choose" in seconds, method),
     )
     return report
+
+
+def interventions(plan: Plan, model: nn.Module, search: Search | None, chosen: bool, method: Method) -> Interventions:
+    """The decisions behind a cut, counted from the network and from what was asked.
+
+    Args:
+        plan: of ``model``.
+        model: the uncut network, gated or not.
+        search: the one that decided, or None.
+        chosen: whether a criterion did.
+        method: how gates learn.
+    """
+    choices = {choice.label: choice for choice in choices_of(model).values()}
+    inside = {id(part) for m in model.modules() if isinstance(m, Mixture) for part in m.modules()}
+    searched = {
+        "operations": sum(isinstance(choice, Mixture) for choice in choices.values()),
+        "depths": sum(isinstance(choice, Depth) for choice in choices.values()),
+    }
+    searched["inputs"] = len(choices) - sum(searched.values())
+    searched["widths"] = sum(not group.choice for group in plan.active)
+    fixed = {
+        "operations": sum(mixing(module) and id(module) not in inside for module in model.modules()),
+        "widths": sum((group.frozen or "").startswith(NOT_SELECTED) for group in plan.groups),
+    }
+    if search is None and not chosen:  # harden(keep): somebody else decided
+        fixed = {kind: searched.get(kind, 0) + fixed.get(kind, 0) for kind in searched}
+        searched = {}
+    limits = {} if plan.budget is None else plan.budget.limits
+    asked = {key: {getattr(setting, key) for setting in plan.settings} - {None} for key in VALUES}
+    given = {**limits, **{key: sorted(values, key=str) for key, values in asked.items()}, **method.settings()}
+    made = Interventions(_some(searched), _some(fixed), steps=0 if search is None else search.done)
+    return made.with_arguments(
+        given | {"channel_multiple": plan.channel_multiple},
+        {**dict.fromkeys(VALUES, []), **Method().settings(), "channel_multiple": 1},
+    )
+
+
+def _some(counts: dict[str, int]) -> dict[str, int]:
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def sizeless(plan: Plan, search: Search | None) -> list[str]:

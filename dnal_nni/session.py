@@ -214,7 +214,7 @@ class Session:
         if self.last is not None and self.last.seconds is not None:
             self.seconds["search"] = self.last.seconds
         self.seconds["cut"] = time.perf_counter() - start
-        self._report = reported(self.plan, self.model, slim, keep, self.last, self.seconds, differences)
+        self._report = reported(self.plan, self.model, slim, keep, self.last, self.seconds, differences, self.method)
         return slim
 
     def dependency_groups(self) -> list[Group]:

@@ -82,6 +82,9 @@ def test_validate_is_a_function_exclude_an_object_optimizer_a_factory(small: nn.
     assert slim.stem.out_channels == 12 and slim.last.out_channels == 16 and slim.conv1.out_channels < 8
     assert seen[0] is small and seen[1:] == [slim] * 4  # dense, cut, two epochs, the best again
     assert report.accuracy == (10.0, 50.0) and any("best was kept" in note for note in report.notes)
+    made = report.interventions
+    assert made is not None and made.epochs == 1 and made.fixed["widths"] >= 1
+    assert set(made.changed) == {"flops", "search_epochs", "epochs", "keep_best", "optimizer"}
 
 
 def test_exclude_of_a_pruner_names_objects(small: nn.Module, x: Tensor) -> None:

@@ -28,11 +28,14 @@ from ..storage.reports import REPORT, read_report
 from ..storage.state import load_state, save_state, under_own_names
 from ..storage.whole import write_whole
 from .data import each, loaders
-from .settings import Settings
+from .settings import LIMITS, Settings
 from .targets import load_target, load_weights
 
 CHECKPOINT, PAGE, NETWORK = "checkpoint.safetensors", "report.html", "slim.safetensors"
 _FREE = ("out", "device", "workers", "tensorboard")  # may differ where a run goes on
+
+# what the task is, and where it runs: no decisions about the network
+_GIVEN = (*_FREE, *LIMITS, "model", "kwargs", "weights", "data", "input", "mean", "std", "skip_unreadable", "seed")
 
 
 def compress(settings: Settings, command: str | None = None) -> Report:
@@ -65,6 +68,10 @@ def compress(settings: Settings, command: str | None = None) -> Report:
     run = Run(settings, state)
     report = run.compress()
     report.command, report.settings, report.notes = command, settings.to_dict(), [*run.notes, *report.notes]
+    if report.interventions is not None:
+        defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+        decided = {name: value for name, value in vars(settings).items() if name not in _GIVEN}
+        report.interventions = report.interventions.with_arguments(decided, defaults)
     save_compressed(run.slim, out / NETWORK, report)
     write_whole(out / PAGE, lambda path: path.write_text(report.to_html()))
     write_whole(finished, lambda path: path.write_text(report.to_json() + "\n"))

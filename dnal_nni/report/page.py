@@ -57,7 +57,8 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> str:
 
 def _parts(report: Report) -> dict[str, Any]:
     head = ["", "before", "after", "kept", "change"]
-    tables = [table for table in (_accuracy(report), _widths(report), _layers(report), _whole(report)) if table.rows]
+    found = (_accuracy(report), _widths(report), _layers(report), _whole(report), _decisions(report))
+    tables = [table for table in found if table.rows]
     return {
         "title": "DNAL report",
         "note": report.command or "",
@@ -109,6 +110,13 @@ def _layers(report: Report) -> _Table:
 def _whole(report: Report) -> _Table:
     rows = [[group.name, f"{group.units}", group.frozen] for group in report.groups if group.frozen is not None]
     return _Table("Left whole", ["channel group", "channels", "why"], rows, range(1, 2))
+
+
+def _decisions(report: Report) -> _Table:
+    """What people decided, and what was decided for them; the sentences about it are rows of one cell."""
+    made = report.interventions
+    rows = [] if made is None else [*made.rows(), *([fact] for fact in made.facts())]
+    return _Table("Decisions", ["", "searched", "by hand"], rows, range(1, 3))
 
 
 def _charts(report: Report) -> list[Markup]:

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from ..arguments import checked, fits, shown, words
 from ..budget import Complexity
 from ..errors import DNALError
+from .interventions import Interventions
 from .tables import table
 
 NAMES = {"flops": "FLOPs", "params": "parameters"}
@@ -76,6 +77,7 @@ class Report:
         file_bytes: (before, after) of all parameters and buffers: what a file of the network takes.
         layer_flops: by layer, fvcore's count (before, after).
         notes: what else a reader should know, a sentence each.
+        interventions: what people decided, and what was decided for them; None in reports of masks and of version 0.1.
     """
 
     before: Complexity
@@ -97,6 +99,7 @@ class Report:
     file_bytes: tuple[int, int] | None = None
     layer_flops: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    interventions: Interventions | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PAIRS and isinstance(value, list):
@@ -153,6 +156,9 @@ class Report:
             groups.append([g.name, str(g.units), str(g.kept), "  ".join(why)])
         parts = [table(["", "before", "after", "kept", "change"], self.rows()), *self.facts()]
         parts += ["", table(["channel group", "before", "after", ""], groups, "lrrl")]
+        if self.interventions is not None:
+            parts += ["", table(["decisions", "searched", "by hand"], self.interventions.rows())]
+            parts += self.interventions.facts()
         return "\n".join(parts)
 
     def __repr__(self) -> str:
@@ -182,6 +188,8 @@ class Report:
                 values[name] = Complexity(**size | {"uncounted": tuple(size.get("uncounted", ()))})
             values["groups"] = [GroupReport(**group) for group in values["groups"]]
             values["layer_flops"] = {name: tuple(pair) for name, pair in values.get("layer_flops", {}).items()}
+            if values.get("interventions") is not None:
+                values["interventions"] = Interventions(**values["interventions"])
             report = cls(**values)
         except DNALError as error:
             raise DNALError(f"this is no report of dnal_nni: {error}") from error

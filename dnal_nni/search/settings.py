@@ -29,6 +29,7 @@ class Setting:
     dependency_group_id: int | str | None = None
 
 
+NOT_SELECTED = "config_list does not select"  # how the reason begins why such a group is left whole
 VALUES = [field.name for field in dataclasses.fields(Setting)]
 
 
@@ -60,7 +61,7 @@ def select(groups: Sequence[ChannelGroup], selected: Mapping[str, Setting], mode
             layers = through
         else:
             missing = next(p for p in producers if p not in selected)
-            group.frozen = f"config_list does not select {missing}"
+            group.frozen = f"{NOT_SELECTED} {missing}"
             continue
         settings[group.name] = _together(layers, selected)
         for layer in layers:

@@ -56,6 +56,11 @@ def test_from_images_to_a_smaller_network(work: Path, capsys: pytest.CaptureFixt
     assert [entry["step"] for entry in report["history"]] == list(range(1, 7))
     assert all(sum(entry["gates"]) == 28 and entry["loss"] > 0 for entry in report["history"])
     assert any((work / "run" / "tensorboard").iterdir())
+    made, page = report["interventions"], (work / "run" / PAGE).read_text()
+    assert {name: made["changed"][name] for name in ("flops", "batch_size")} == {"flops": 0.5, "batch_size": 16}
+    assert "weights" not in made["changed"] and made["epochs"] == report["settings"]["search_epochs"]
+    people = sum(made["fixed"].values()) + len(made["changed"])
+    assert f"decisions that people took: {people}" in out and f"decisions that people took: {people}" in page
     # the same again: nothing is left to do
     before = (work / "run" / NETWORK).stat().st_mtime_ns
     assert compress("--data", "photos", "--tensorboard", *size) == 0

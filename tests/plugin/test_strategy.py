@@ -42,6 +42,11 @@ def test_a_toy_space_to_a_retrained_network() -> None:
     assert not any(type(callback).__module__.startswith("dnal_nni") for callback in given.trainer.callbacks)
     choices = {m.label: m for m in slim.modules() if isinstance(m, Choice)}
     assert choices["layer"].units and len(choices["depth"].depths) >= 1
+    made = strategy.report.interventions
+    assert made is not None and made.epochs == given.trainer.max_epochs and made.changed == {"flops": 0.3}
+    assert {kind: made.searched[kind] for kind in ("operations", "depths", "inputs")} == {
+        "operations": 2, "depths": 1, "inputs": 1
+    }  # fmt: skip
 
 
 def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

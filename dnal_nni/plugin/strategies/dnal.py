@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from ..steps import same_random_numbers
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+WARMUP = 0.5
 
 
 class DNALStrategy(OneShotStrategy):
@@ -61,7 +64,7 @@ class DNALStrategy(OneShotStrategy):
         budget: Budget,
         *,
         dummy_input: Any = None,
-        warmup: float = 0.5,
+        warmup: float = WARMUP,
         arch_lr: float | None = None,
         single_path: bool = False,
         sequential: bool = False,
@@ -76,6 +79,7 @@ class DNALStrategy(OneShotStrategy):
         self.single_path, self.sequential, self.verify_seconds = single_path, sequential, verify_seconds
         self._space: Space | None = None
         self._pruner: DNALPruner | None = None
+        self._epochs: int | None = None
 
     def __call__(self, model_space: Any, engine: Any) -> None:
         """Search ``model_space``, a :class:`ModelSpace`, with ``engine``, an evaluator (or NNI's forms of both)."""
@@ -119,6 +123,7 @@ class DNALStrategy(OneShotStrategy):
         assert isinstance(evaluator, Lightning)
         trainer = evaluator.trainer
         callback = Searching(self.pruner, self.warmup)
+        self._epochs = trainer.max_epochs if trainer.max_epochs != -1 else None
         trainer.callbacks.append(callback)
         try:
             super()._run()
@@ -172,7 +177,12 @@ class DNALStrategy(OneShotStrategy):
 
         It is compared with the supernet at its final gates, in eval and train mode; a difference is an error.
         """
-        return self.pruner.speedup()
+        slim, report = self.pruner.speedup(), self.report
+        if report.interventions is not None:
+            own = {"warmup": self.warmup, "single_path": self.single_path}
+            made = report.interventions.with_arguments(own, {"warmup": WARMUP, "single_path": False})
+            report.interventions = dataclasses.replace(made, epochs=self._epochs)
+        return slim
 
     @property
     def report(self) -> Report:
