@@ -362,9 +362,8 @@ def _add_parts(
         group_of[units], number_of[units] = i, np.array(list(number.values()))
     parts: dict[int, list[Part]] = defaultdict(list)
     for operation, (work, share) in enumerate(zip(traced.works, shares(traced.works))):
-        for factor, ids in enumerate(work.factors):
-            line = ids.reshape(-1).numpy()
-            units = labels[line[line >= 0]]
+        for factor, line in enumerate(work.independent(labels)):
+            units = line[line >= 0]
             groups = group_of[units]
             for i in np.unique(groups[groups >= 0]).tolist():
                 numbers = torch.from_numpy(number_of[units[groups == i]])

@@ -13,10 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..modules.running import flatten_tensors
-from .flow import Arrays, Flow, axes_of
+from .flow import Flow, axes_of
+
+Axes = dict[int, int]  # axis of an operand -> axis of the operation's loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +30,30 @@ class Work:
         path: the module in whose forward it ran; a layer that ran at positions which may go.
         amount: of its multiply-adds, as fvcore counts them.
         factors: arrays of channel ids (-1: a fixed position); the amount grows with the open share of each.
+        loops: of each factor, which loop of the operation each of its axes is, where that is known.
     """
 
     path: str
     amount: float
     factors: tuple[Tensor, ...]
+    loops: tuple[Axes, ...] = ()
+
+    def independent(self, labels: np.ndarray) -> list[np.ndarray]:
+        """The labels of the factors (-1: fixed), without those of a factor that another one says all about.
+
+        Of queries times keys that lose whole heads, both would say which heads are left.
+
+        Args:
+            labels: int64, by channel id: equal where channels are removed together.
+        """
+        of = [np.where(ids >= 0, labels[ids], -1) for ids in (factor.numpy() for factor in self.factors)]
+        kept: list[int] = []
+        for i in range(len(of)):
+            if not (self.loops and any(_says_all(of[j], self.loops[j], of[i], self.loops[i]) for j in kept)):
+                kept.append(i)
+        return [of[i] for i in kept]
 
 
-Axes = dict[int, int]  # axis of an operand -> axis of the operation's loops
 Operands = list[tuple[Any, Axes]]
 Rule = Callable[[Any, Any], list[tuple[float, Operands]]]
 
@@ -119,24 +138,42 @@ def note(works: list[Work], flow: Flow, path: str, func: Any, args: Any, out: An
     if rule is None or func.namespace not in ("aten", "torchvision"):
         return
     for amount, operands in rule(args, out):
-        found: list[tuple[set[int], Tensor]] = []
+        found: list[tuple[Axes, Tensor]] = []
         for tensor, loops in operands:
             labels = flow.of(tensor)
             found += [
-                ({loops[axis] for axis in axes_of(array)}, array)
+                ({axis: loops[axis] for axis in axes_of(array)}, array)
                 for array in (labels.arrays if labels else ())
                 if set(axes_of(array)) <= loops.keys()
             ]
-        works.append(Work(path, float(amount), _distinct(found)))
+        kept = _distinct(found)
+        works.append(Work(path, float(amount), tuple(array for _, array in kept), tuple(loops for loops, _ in kept)))
 
 
-def _distinct(found: Sequence[tuple[set[int], Tensor]]) -> Arrays:
+def _distinct(found: Sequence[tuple[Axes, Tensor]]) -> list[tuple[Axes, Tensor]]:
     """One array for every loop: of those over the same one, which are coupled, that with most loops."""
-    kept: list[tuple[set[int], Tensor]] = []
+    kept: list[tuple[Axes, Tensor]] = []
     for loops, array in sorted(found, key=lambda entry: -len(entry[0])):
-        if not any(loops <= others for others, _ in kept):
+        if not any(set(loops.values()) <= set(others.values()) for others, _ in kept):
             kept.append((loops, array))
-    return tuple(array for _, array in kept)
+    return kept
+
+
+def _says_all(one: np.ndarray, its: Axes, other: np.ndarray, others: Axes) -> bool:
+    """Whether both change along the loops that they share only, and alike."""
+    shared = set(its.values()) & set(others.values())
+    a, b = _along(shared, one, its), _along(shared, other, others)
+    return bool(shared) and a is not None and b is not None and np.array_equal(a, b)
+
+
+def _along(shared: set[int], labels: np.ndarray, loops: Axes) -> np.ndarray | None:
+    """Labels along the shared loops, in their order; None where they change along others."""
+    own = labels.reshape([labels.shape[axis] for axis in loops])
+    order = sorted(range(len(loops)), key=list(loops.values()).__getitem__)
+    constant = tuple(i for i, axis in enumerate(loops) if loops[axis] not in shared)
+    if (own.min(constant) != own.max(constant)).any():
+        return None
+    return own.min(constant, keepdims=True).transpose(order).squeeze()
 
 
 def shares(works: Sequence[Work]) -> list[float]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..budget import Complexity
 from ..channels.groups import ChannelGroup
+from ..modules.bake import bake
 from ..modules.choices import choices_of
 from ..modules.layers import MIXED, layer_of
+from ..modules.running import twin
 from .count import flops_by_module
 from .latency import LayerLatency, layer_latencies
 
@@ -113,7 +115,9 @@ class CostModel:
     tensor is the mean of the gates of its channels (1 for channels without a gate). An operation outside of layers (a
     product of attention, a functional convolution) costs its share of what its module's own operations cost, times the
     open fractions of what it runs over. What lies in a candidate of a supernet costs that times the gate of the
-    candidate, and of all those around it. At 0/1 gates this is fvcore's count of the sliced network.
+    candidate, and of all those around it. At 0/1 gates this is fvcore's count of the sliced network, in which the
+    weights of layers that lose channels are no longer computed (weight standardisation): with all gates open it can be
+    less than that of the dense one.
 
     Args:
         model: the ungated model.
@@ -137,17 +141,19 @@ class CostModel:
         rows = _Rows(self.active)
         self.means, self.shares, self.base = rows.means, rows.shares, rows.base
         operations = _operations(self.active, rows.of)
-        terms = _layer_terms(model, rows.of, flops_of, latency_of, operations)
-        terms += _operation_terms(operations, flops_of, {term.place for term in terms})
-        terms = _with_candidates(model, rows.of, terms, flops_of, latency_of)
+        plain = _plain(model, self.active)
+        left_of = flops_of if plain is model else flops_by_module(plain, dummy_input)
+        terms = _layer_terms(plain, rows.of, left_of, latency_of, operations)
+        terms += _operation_terms(operations, left_of, {term.place for term in terms})
+        terms = _with_candidates(model, rows.of, terms, left_of, latency_of)
         most = max(len(term.rows) for term in terms)
         # [most, terms]: the shares that each term is multiplied by
         self.rows = torch.tensor([[*term.rows, *[0] * (most - len(term.rows))] for term in terms]).T.contiguous()
         self.flop_terms, self.param_terms, self.latency_terms = (
             torch.tensor(column, dtype=torch.float64) for column in list(zip(*terms))[1:4]
         )
-        self.flop_rest = self.dense.flops - float(self.flop_terms.sum())
-        self.param_rest = self.dense.params - float(self.param_terms.sum())
+        self.flop_rest = left_of[""] - float(self.flop_terms.sum())
+        self.param_rest = sum(p.numel() for p in plain.parameters()) - float(self.param_terms.sum())
         self.latency_rest = (whole or 0.0) - float(self.latency_terms.sum())
 
     def to(self, device: torch.device | str) -> CostModel:
@@ -196,6 +202,13 @@ class CostModel:
         """Take up what :meth:`latency_state` gave."""
         self.dense = dataclasses.replace(self.dense, latency=state["whole"])
         self.latency_terms, self.latency_rest = state["terms"].to(self.latency_terms), state["rest"]
+
+
+def _plain(model: nn.Module, active: Sequence[ChannelGroup]) -> nn.Module:
+    """The model, or a twin in which no weight is computed of the layers that may lose channels."""
+    plain = twin(model)
+    layers = {member.module for group in active for member in group.members}
+    return plain if [path for path in layers if bake(plain.get_submodule(path))] else model
 
 
 def _layer_terms(

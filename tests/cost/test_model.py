@@ -58,6 +58,42 @@ class Pyramid(nn.Module):
         return self.last(torch.cat([x, F.interpolate(y, size=x.shape[2:], mode="bilinear")], 1))
 
 
+class Standardised(nn.Conv2d):
+    """Weights of mean 0 and variance 1, times a gain; the cut network has them as numbers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.flatten(1)[None], None, None, self.gain, training=True)
+        return F.conv2d(x, weight.view_as(self.weight), self.bias, self.stride, self.padding)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(Standardised(3, 24), nn.ReLU(), Standardised(24, 48), nn.ReLU(), nn.Conv2d(48, 4, 1))
+
+
+class CrossCovariance(nn.Module):
+    """Attention between channels (XCiT): heads go whole, and both factors of a product say which."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, places, width = x.shape
+        qkv = self.qkv(x).reshape(batch, places, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(mixed.permute(0, 3, 1, 2).flatten(2))
+
+
+def cross_covariance() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), CrossCovariance(32, 4), nn.Linear(32, 5))
+
+
 def swin() -> nn.Module:
     return torchvision.models.SwinTransformer([4, 4], 24, [1, 1], [2, 4], [4, 4], num_classes=5)
 
@@ -70,6 +106,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "functional convolutions": (gated, (2, 4, 20)),
     "recurrent": (Recognition, (2, 1, 12, 16)),
     "pooling and resizing": (Pyramid, (2, 3, 8, 8)),
+    "standardised weights": (standardised, (2, 3, 4, 4)),
+    "attention between channels": (cross_covariance, (2, 10, 6)),
     "swin": (swin, (2, 3, 32, 32)),
     "vit": (vit, (2, 3, 32, 32)),
     "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, (2, 3, 32, 32)),
