@@ -271,7 +271,8 @@ def one(system: System, args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "learned": learned.costs[-1], "rollouts": learned.rollouts, "networks": rows, "true_starts": best,
         "widths": {group.name: [group.units, group.kept] for group in report.groups if group.frozen is None},
         "costs": {"true model": true.costs, "learned": learned.costs, "slim": curve.costs},
-        "trajectories": {name: xs.tolist() for name, xs in trajectories.items()}, "seconds": seconds,
+        "trajectories": {name: xs.float().round(decimals=4).tolist() for name, xs in trajectories.items()},
+        "seconds": seconds,
     }  # fmt: skip
 
 
