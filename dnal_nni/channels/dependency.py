@@ -85,10 +85,12 @@ class Dependencies:
                 set_kind(kind, FunctionLayer({}, {}, max(axes, default=1), opaque=True, functions=functions))
 
     def _axis(self, path: str, functions: Any) -> int | None:
-        """Where the channels of a module lie that only its functions know: along axis 1, or the last one."""
+        """Where the channels of a module lie that only its functions know: axis 1, the last one, or one between."""
         width = functions.get_in_channels(self.model.get_submodule(path))
         shapes = self._shapes.inputs[path]
-        return next((axis for axis in (1, -1) if all(len(s) > 1 and s[axis] == width for s in shapes)), None)
+        dims = min(map(len, shapes), default=0)
+        axes = (1, -1, *range(2, dims - 1)) if dims > 1 else ()
+        return next((axis for axis in axes if all(shape[axis] == width for shape in shapes)), None)
 
     def layer(self, path: str) -> Layer | None:
         """The record of a module's kind."""

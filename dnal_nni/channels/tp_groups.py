@@ -96,12 +96,12 @@ def _group(model: nn.Module, graph: Any, group: ChannelGroup, root: Member) -> G
     vars(result).update(_DG=graph)
     first = None
     seen = set()
-    for member in (root, *group.members):
+    for member in (root, *(m for m in group.members if m is not root)):
         target = _target(model, member)
         if target is None:
             continue
         node = _node(graph, target, member)
-        functions = graph.get_pruner_of_module(node.module)
+        functions = _own_functions(target, member.side) or graph.get_pruner_of_module(node.module)
         handler = functions.prune_in_channels if member.side == "in" else functions.prune_out_channels
         if (node, handler) in seen:
             continue
@@ -120,6 +120,19 @@ def _target(model: nn.Module, member: Member) -> nn.Module | nn.Parameter | None
     if member.side == "size" or layer_of(model.get_submodule(member.path)) is None:
         return None
     return model.get_submodule(member.path)
+
+
+def _own_functions(target: nn.Module | nn.Parameter, side: str) -> _Record | None:
+    """In place of torch-pruning's, where its criteria would look for more rows of a convolution than there are.
+
+    The input side of one that makes several channels of each, whose rows are those of its output side, and the output
+    side of a transposed one of groups. Criteria pass over functions that they do not know.
+    """
+    if not isinstance(target, nn.modules.conv._ConvNd) or target.groups in (1, target.out_channels):
+        return None
+    odd = side == "out" if target.transposed else side == "in" and target.groups == target.in_channels
+    layer = layer_of(target) if odd else None
+    return None if layer is None else _Record(layer)
 
 
 def _node(graph: Any, module: Any, member: Member) -> Any:

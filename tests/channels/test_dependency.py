@@ -471,3 +471,26 @@ def test_torchs_own_layers_keep_their_records() -> None:
     groups = verified(model, IMAGE, built(model, customized_pruners={nn.Conv2d: Mine()}))
     assert nn.Conv2d not in kinds()
     assert groups["a"].frozen is None
+
+
+@pytest.mark.usefixtures("unregistered")
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_channels_of_a_users_layer_lie_along_any_axis(axis: int) -> None:
+    class Placed(Normalised):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.movedim(axis, -1)
+            return (x / x.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale).movedim(-1, axis)
+
+    class Moved(Dense):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle = Placed(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+            return self.fc3(self.middle(x.view(len(x), 1, 1, -1).movedim(-1, axis)).flatten(1))
+
+    model, x = Moved(), torch.randn(4, 8)
+    groups = verified(model, x, built(model, x, customized_pruners={Placed: PruneNormalised()}))
+    assert groups["fc2"].frozen is None
+    assert {m.path for m in groups["fc2"].members} == {"fc2", "middle", "fc3"}

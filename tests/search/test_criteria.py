@@ -191,6 +191,27 @@ def test_a_group_whose_root_is_a_bare_parameter() -> None:
         assert found.shape == (16 + 4 + 32,) and bool(found.isfinite().all())  # the stream, heads, inner features
 
 
+@pytest.mark.parametrize("name", CRITERIA)
+def test_convolutions_whose_weights_have_fewer_rows_than_channels(name: str) -> None:
+    """Depthwise ones that make two channels of each, and transposed ones of groups: torch-pruning's own walk fails."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 8, 1)),
+        *(nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.BatchNorm2d(12), nn.Conv2d(12, 5, 1), nn.Flatten()),
+    )
+    nn.init.uniform_(model[1].weight), nn.init.uniform_(model[7].weight)
+    x = torch.randn(2, 3, 4, 4)
+    groups = open_groups(model, x)
+    assert [(g.channels, len(g.members)) for g in groups] == [(6, 5), (4, 5)]
+    if name == "FPGM":  # it fails on any input side of groups
+        groups = groups[:1]
+    scores = criterion_scores(model, groups, CRITERIA[name](), [(x, torch.tensor([0, 1]))])
+    assert len(scores) == sum(g.channels for g in groups) and bool(scores.isfinite().all()) and len(scores.unique()) > 2
+    plain = criterion_scores(model, groups[:1], tp.importance.MagnitudeImportance(normalizer=None))
+    first, norm, deep, last = (model[i].weight.detach().square() for i in (0, 1, 2, 4))
+    units = (first.flatten(1).sum(1), norm, deep.reshape(6, -1).sum(1), last.sum((0, 2, 3)).view(6, 2).sum(1))
+    assert torch.allclose(plain, torch.stack(units).mean(0).double(), rtol=1e-5)
+
+
 def test_a_criterion_that_looks_first_at_fewer_channels_than_the_root_has() -> None:
     norm = nn.BatchNorm2d(4)
     nn.init.uniform_(norm.weight)

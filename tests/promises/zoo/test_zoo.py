@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm")
 import zoo  # noqa: E402
 from zoo import WALL_SECONDS, Record, explain, run_isolated, run_model  # noqa: E402
 from zoo_models import EXPECTED_TO_SHRINK, MODELS, NOTES, families  # noqa: E402
-from zoo_table import NEAR, SHRUNK  # noqa: E402
+from zoo_table import NEAR, SHRUNK, bar_summary  # noqa: E402
 
 FAST = (
     "resnet18",  # residual
@@ -155,6 +155,12 @@ def test_the_table_has_a_row_for_every_outcome(tmp_path: Path) -> None:
     by_graph = {"resnet18": records["resnet18"] | {"flops": {"left": 0.52}}, "vgg11": records["resnet18"]}
     ways = {"choose": {"status": "exact", "flops_left": 0.51, "half": 0.5}, "torch_pruning": {"status": "unfinished"}}
     criteria = {"resnet18": {"model": "resnet18", "commit": "c0ffee"} | ways}
+    assert "reads 0 of 1 networks right" in (said := bar_summary(records, by_graph, criteria))
+    assert said.endswith("Of the networks that it does not read right, 1 are exact")
+    well = {"resnet18": criteria["resnet18"] | {"torch_pruning": {"status": "exact"}}}
+    assert "On 1 of these" in bar_summary(records, by_graph, well)
+    far = {"resnet18": by_graph["resnet18"] | {"flops": {"left": 0.53}}}
+    assert "On 0 of these" in (said := bar_summary(records, far, well)) and "(the others: resnet18)" in said
     path = tmp_path / "models.md"
     zoo.write_table(records, by_graph, criteria, path)
     text = path.read_text()
