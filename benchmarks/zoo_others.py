@@ -72,7 +72,8 @@ class Transformer(nn.Module):
         super().__init__()
         import transformers
 
-        self.model = getattr(transformers, kind)(getattr(transformers, settings.pop("config"))(**settings))
+        config = getattr(transformers, settings["config"])
+        self.model = getattr(transformers, kind)(config(**{k: v for k, v in settings.items() if k != "config"}))
 
     def forward(self, x: Tensor) -> Any:
         return self.model(x)[0]
@@ -87,7 +88,7 @@ MONAI: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [8, 16, 32]},
     ),
     "VNet": ((1, 1, 32, 32, 32), {}),
-    "DenseNet121": ((1, 1, 32, 32, 32), {}),
+    "DenseNet121": ((4, 1, 32, 32, 32), {}),  # its last map is one voxel: norms need several examples
 }
 TRANSFORMERS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "resnet": (
@@ -190,7 +191,9 @@ def _others() -> Iterator[Other]:
             if (architecture, encoder) == ("PAN", "mobilenet_v2"):
                 encoder = "resnet34"
             maker = _of(f"segmentation_models_pytorch:{architecture}", encoder, encoder_weights=None)
-            yield other(f"smp_{architecture.lower()}_{encoder}", "segmentation_models_pytorch", (2, 3, 64, 64), maker)
+            size = 256 if architecture == "PAN" else 64  # it pools a map of a thirty-second three times
+            shape = (2, 3, size, size)
+            yield other(f"smp_{architecture.lower()}_{encoder}", "segmentation_models_pytorch", shape, maker)
     for name, (shape, settings) in MONAI.items():
         dims = {} if name == "VNet" else {"spatial_dims": 3}
         outputs = {"out_channels": 2} if name != "VNet" else {}
@@ -200,7 +203,7 @@ def _others() -> Iterator[Other]:
     for name in ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n"):
         yield other(name, "ultralytics", (2, 3, 64, 64), functools.partial(Yolo, name))
     for name, (kind, shape, settings) in TRANSFORMERS.items():
-        yield other(f"transformers_{name}", "transformers", shape, functools.partial(Transformer, kind, dict(settings)))
+        yield other(f"transformers_{name}", "transformers", shape, functools.partial(Transformer, kind, settings))
     for name in PYTORCHCV:
         yield other(f"pytorchcv_{name}", "pytorchcv", (2, 3, 224, 224), _of("pytorchcv.model_provider:get_model", name))
     facenet = _of("facenet_pytorch:InceptionResnetV1", pretrained=None)
