@@ -124,9 +124,10 @@ def interventions(plan: Plan, model: nn.Module, search: Search | None, chosen: b
     asked = {key: {getattr(setting, key) for setting in plan.settings} - {None} for key in VALUES}
     given = {**limits, **{key: sorted(values, key=str) for key, values in asked.items()}, **method.settings()}
     made = Interventions(_some(searched), _some(fixed), steps=0 if search is None else search.done)
+    if len(plan.tried) == 1:  # else nobody asked for it
+        given["channel_multiple"] = plan.channel_multiple
     return made.with_arguments(
-        given | {"channel_multiple": plan.channel_multiple},
-        {**dict.fromkeys(VALUES, []), **Method().settings(), "channel_multiple": 1},
+        given, {**dict.fromkeys(VALUES, []), **Method().settings(), "channel_multiple": 1}
     )
 
 

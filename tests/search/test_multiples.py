@@ -75,6 +75,7 @@ def test_the_report_says_so_where_nobody_asked() -> None:
     slim = pruner.speedup()
     assert all(conv.out_channels % multiple == 0 for conv in slim if isinstance(conv, nn.Conv2d))
     assert f"channels were kept in multiples of {multiple}" in str(pruner.report)
+    assert pruner.report.interventions is not None and "channel_multiple" not in pruner.report.interventions.changed
 
 
 def test_a_search_goes_on_with_the_multiple_that_it_began_with() -> None:
