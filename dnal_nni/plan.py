@@ -28,6 +28,7 @@ from .search.loop import ArchOptimizer
 from .search.multiples import Held, first_that_fits, multiples
 from .search.objective import Limits, Objective
 from .search.paper import PAPER_LR, PaperScores
+from .search.paths import PathScores
 from .search.ranks import check_same, from_first, is_first, world_size
 from .search.scores import REACH, Scores
 from .search.settings import Setting, limits, pools, select
@@ -217,6 +218,8 @@ class Method:
             of SGD on ``s``; None is 0.01.
         importance: a criterion of torch-pruning that the scores of the default search start from, in place of the norms
             of the weights. One that needs gradients takes those that the model's parameters have.
+        paths: search by whole paths, of a network of which candidates alone are searched, and let nothing but weights
+            learn for this share of the steps; None: by gates.
 
     Raises:
         DNALError: for values that are none of these.
@@ -226,6 +229,7 @@ class Method:
     lambda_: float = 1e-4
     arch_lr: float | None = None
     importance: Criterion | None = None
+    paths: float | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in ("default", "paper"):
@@ -243,6 +247,9 @@ class Method:
     def scores(self, model: nn.Module, plan: Plan, steps: int) -> ArchOptimizer:
         """What the gates are at each of ``steps`` steps: the paper's search, or the one held to the objective."""
         device = next(model.parameters()).device
+        if self.paths is not None and plan.objective is not None:
+            warmup = int(self.paths * steps)
+            return PathScores(plan.objective, steps, warmup, lambda units: plan.cost_of(units, model), device)
         if self.preset == "paper" or plan.objective is None:
             if self.importance is not None:
                 raise DNALError("importance= needs a budget, or a sparse_ratio in the config_list, to search for")

@@ -31,6 +31,7 @@ from .search.close import cut, threshold_cut
 from .search.criteria import Criterion, Loss, criterion_scores
 from .search.loop import Search
 from .search.paper import PAPER_THRESHOLD
+from .search.paths import PathScores, PathSearch
 from .search.ranks import from_first, is_first
 from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
@@ -118,10 +119,11 @@ class Session:
         self.attach()
         if self.last is not None:
             self.last.pace.restore()
-        search = Search(
+        scores = self.method.scores(self.model, self.plan, steps)
+        search = (PathSearch if isinstance(scores, PathScores) else Search)(
             self.model,
             self.gates.values(),
-            self.method.scores(self.model, self.plan, steps),
+            scores,
             optimizer=optimizer,
             weights_learn=optimizer is not None if weights_learn is None else weights_learn,
             progress=progress,
@@ -384,6 +386,8 @@ def _check_state(session: Session, state: Mapping[str, Any]) -> None:
 def _learned(session: Session, search: Search) -> dict[str, Tensor]:
     """What a search decided, cut to the budget; fvcore has the last word on what that costs."""
     plan, scores, gates = session.plan, search.scores, session.gates.values()
+    if isinstance(scores, PathScores):
+        return plan.by_group(scores.chosen())
     s = torch.cat([gate.s.detach() for gate in gates]).double().cpu()
     if plan.objective is None:
         asked = [setting.sparse_threshold for setting in plan.settings]

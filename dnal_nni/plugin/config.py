@@ -12,6 +12,7 @@ from torch import nn
 
 from ..arguments import nearest, shown
 from ..errors import DNALError
+from ..modules.choices import Choice
 from ..modules.layers import layer_of
 from ..search.settings import VALUES, Setting, excluded
 
@@ -144,10 +145,11 @@ def split_config(
     lineage = {type(m).__name__: [c.__name__ for c in type(m).__mro__] for m in owners}
     strange = {name: line for name, line in lineage.items() if name not in PruningSetting.registry}
     tables = {type(m).__name__ for m in owners if (layer := layer_of(m)) and layer.sides == ["out"]}
+    choices = sorted({type(m).__name__ for m in model.modules() if isinstance(m, Choice)})
     for_nni = []
     selected: dict[str, Setting] = {}
     for config in trans_legacy_config_list([dict(config) for config in config_list]):
-        for_nni.append({**config, "exclude_op_types": [*config.get("exclude_op_types", ()), *strange]})
+        for_nni.append({**config, "exclude_op_types": [*config.get("exclude_op_types", ()), *strange, *choices]})
         wide = dict(config)
         for key in {"op_types", "exclude_op_types"} & set(config):
             wide[key] = [*config[key], *(name for name, line in strange.items() if set(line) & set(config[key]))]

@@ -67,6 +67,11 @@ class Space:
             what = ", ".join(f"{name!r} ({type(mutable).__name__})" for name, mutable in unknown.items())
             raise DNALError(f"the model space has mutables that DNALStrategy cannot learn: {what}; fix their values")
 
+    @property
+    def widest(self) -> Mapping[str, Any]:
+        """The largest value of every choice that a width depends on, by label."""
+        return self._widest
+
     # -- to a supernet ------------------------------------------------------------------------------------------------
 
     def _widest_sample(self) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 
 from ...budget import Budget
 from ...errors import DNALError
-from ...modules.choices import Mixture
+from ...modules.choices import Choice, Mixture
 from ...modules.layers import mixing
 from ...report.record import Report
 from ...search.loop import Search
+from ...search.paths import PathSearch
 from ..pruner import DNALPruner
 from ..space import Space
 from ..steps import same_random_numbers
@@ -50,7 +53,10 @@ class DNALStrategy(OneShotStrategy):
         warmup: share of the steps in which only weights learn, at least 0 and below 1.
         arch_lr: how fast the gates learn, as for :class:`~dnal_nni.DNALPruner`.
         single_path: keep as many candidates as an architecture of NNI's has: one of a LayerChoice, ``n_chosen`` of an
-            InputChoice. :meth:`list_models` can then name it. By default any number stays, as in the paper.
+            InputChoice. :meth:`list_models` can then name it. By default any number stays, as in the paper, unless
+            ``widths=False``.
+        widths: learn how wide the candidates are too. Without it candidates alone are searched, by another rule: every
+            step runs whole paths, which are compared with each other (:mod:`dnal_nni.search.paths`).
         sequential: keep the activations of one candidate at a time, and run the others again in the backward pass: the
             memory of a step then hardly grows with the number of candidates; a step takes one forward pass more.
         verify_seconds: time limit for comparing sliced with gated copies, as for :class:`~dnal_nni.DNALPruner`.
@@ -66,7 +72,8 @@ class DNALStrategy(OneShotStrategy):
         dummy_input: Any = None,
         warmup: float = WARMUP,
         arch_lr: float | None = None,
-        single_path: bool = False,
+        single_path: bool | None = None,
+        widths: bool = True,
         sequential: bool = False,
         verify_seconds: float = 60.0,
     ) -> None:
@@ -76,7 +83,11 @@ class DNALStrategy(OneShotStrategy):
         if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
             raise DNALError(f"warmup={warmup!r}: must be a number in [0, 1), a share of the steps")
         self.budget, self.dummy_input, self.warmup, self.arch_lr = budget, dummy_input, warmup, arch_lr
-        self.single_path, self.sequential, self.verify_seconds = single_path, sequential, verify_seconds
+        for name, value in (("single_path", single_path), ("widths", widths), ("sequential", sequential)):
+            if not isinstance(value, bool) and (name, value) != ("single_path", None):
+                raise DNALError(f"{name}={value!r}: must be True or False")
+        self.single_path = not widths if single_path is None else single_path
+        self.widths, self.sequential, self.verify_seconds = widths, sequential, verify_seconds
         self._space: Space | None = None
         self._pruner: DNALPruner | None = None
         self._epochs: int | None = None
@@ -93,6 +104,11 @@ class DNALStrategy(OneShotStrategy):
     def mutate_model(self, model: ModelSpace) -> nn.Module:
         """The supernet; unlike NNI's own strategies, this one leaves ``model`` as it is."""
         self._space = Space(model, self.single_path)
+        if self.space.widest and not self.widths:
+            raise DNALError(
+                f"widths=False, and the model space has choices of a width: {', '.join(map(repr, self.space.widest))}; "
+                "fix their values, or search widths too"
+            )
         for module in self.space.supernet.modules():
             if isinstance(module, Mixture):
                 module.sequential = self.sequential
@@ -106,7 +122,8 @@ class DNALStrategy(OneShotStrategy):
                 "or one derived from it (Classification, Regression)"
             )
         model = self.space.supernet
-        kinds = sorted({type(m).__name__ for m in model.modules() if mixing(m)})
+        searched = mixing if self.widths else lambda m: isinstance(m, Choice)
+        kinds = sorted({type(m).__name__ for m in model.modules() if searched(m)})
         self._pruner = DNALPruner(
             model,
             [{"op_types": kinds}],
@@ -115,6 +132,9 @@ class DNALStrategy(OneShotStrategy):
             arch_lr=self.arch_lr,
             verify_seconds=self.verify_seconds,
         )
+        if not self.widths:
+            session = self.pruner.session
+            session.method = dataclasses.replace(session.method, paths=float(self.warmup))
         return evaluator
 
     def _run(self) -> None:
@@ -122,11 +142,12 @@ class DNALStrategy(OneShotStrategy):
         evaluator = self._mutated_model_space.evaluator
         assert isinstance(evaluator, Lightning)
         trainer = evaluator.trainer
-        callback = Searching(self.pruner, self.warmup)
+        callback = Searching(self.pruner, self.warmup if self.widths else 0.0)
         self._epochs = trainer.max_epochs if trainer.max_epochs != -1 else None
         trainer.callbacks.append(callback)
         try:
-            super()._run()
+            with contextlib.nullcontext() if self.widths else callback.on_paths(evaluator.module):
+                super()._run()
         finally:
             trainer.callbacks.remove(callback)
         if not callback.finished:
@@ -179,8 +200,9 @@ class DNALStrategy(OneShotStrategy):
         """
         slim, report = self.pruner.speedup(), self.report
         if report.interventions is not None:
-            own = {"warmup": self.warmup, "single_path": self.single_path}
-            made = report.interventions.with_arguments(own, {"warmup": WARMUP, "single_path": False})
+            own = {"warmup": self.warmup, "single_path": self.single_path, "widths": self.widths}
+            usual = {"warmup": WARMUP, "single_path": not self.widths, "widths": True}
+            made = report.interventions.with_arguments(own, usual)
             report.interventions = dataclasses.replace(made, epochs=self._epochs)
         return slim
 
@@ -202,6 +224,34 @@ class Searching(pl.Callback):
         self.search: Search | None = None
         self.finished = False
         self._seen = 0
+
+    @contextlib.contextmanager
+    def on_paths(self, module: pl.LightningModule) -> Iterator[None]:
+        """Let every training step of ``module`` run its batch through all paths of a step of the search."""
+        own, step = vars(module).get("training_step"), module.training_step
+
+        @functools.wraps(step)
+        def every_path(*args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self.search, PathSearch) or self.search.done >= self.search.steps:
+                return step(*args, **kwargs)
+            outputs = [step(*args, **kwargs) for _ in self.search.paths()]
+            losses = [out.get("loss") if isinstance(out, dict) else out for out in outputs]
+            if not all(isinstance(loss, Tensor) for loss in losses):
+                raise DNALError(
+                    "training_step returns no loss: a search of candidates alone (widths=False) compares the losses of "
+                    "paths; return it, and leave the optimizer to Lightning"
+                )
+            loss = self.search.of_step(losses)
+            return outputs[-1] | {"loss": loss} if isinstance(outputs[-1], dict) else loss
+
+        module.training_step = every_path
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.training_step
+            else:
+                module.training_step = own
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
