@@ -120,7 +120,8 @@ class Session:
         if self.last is not None:
             self.last.pace.restore()
         scores = self.method.scores(self.model, self.plan, steps)
-        search = (PathSearch if isinstance(scores, PathScores) else Search)(
+        kind = PathSearch if isinstance(scores, PathScores) else Search
+        search = kind(
             self.model,
             self.gates.values(),
             scores,

@@ -22,15 +22,14 @@ from ..budget import Complexity
 from ..modules.gates import ScaledSigmoidGate
 from .close import CHUNK, CORRECTIONS, TOLERANCE
 from .leaves import Leaves
-from .loop import Search
+from .loop import ArchOptimizer, Search
 from .objective import Objective
 from .schedule import DELTA_END
 from .scores import SETTLED
 
 RIDGE = 1.0  # observations' worth of doubt about every candidate
-# A candidate that learns is trained in one path of several, and its loss flatters those that need not learn: free
-# poolings and shortcuts win everywhere. Sets are therefore compared that spend at least this share of what can be spent
-# (docs/benchmarks.md: without, the found cells are beaten by three times as many)
+# A candidate that learns is trained in one path of several, and its loss flatters those that need not learn: poolings
+# and shortcuts, which are free, win everywhere. Sets are compared that spend at least this share of what can be spent.
 SPENT = 0.85
 PRICES = 33  # prices at which sets are tried ahead of exchanges
 EXCHANGED = 60  # dearer ones, and as many cheaper ones, of which pairs are exchanged
@@ -289,20 +288,23 @@ class PathSearch(Search):
     """A search of candidates alone: every step runs the batch through several paths, one after the other.
 
     ``losses = [loss(model(x)) for _ in search.paths()]``, then :meth:`step` with :meth:`of_step` of them.
+
+    Attributes:
+        compared: what the paths tell.
     """
 
-    scores: PathScores
-
-    def __init__(self, model: nn.Module, gates: Iterable[ScaledSigmoidGate], scores: PathScores, **kwargs: Any) -> None:
-        super().__init__(model, gates, scores, **kwargs)
+    def __init__(self, model: nn.Module, gates: Iterable[ScaledSigmoidGate], scores: ArchOptimizer, **kw: Any) -> None:
+        super().__init__(model, gates, scores, **kw)
+        assert isinstance(scores, PathScores)
+        self.compared = scores
         self._paths: Tensor | None = None
         self._losses: list[Tensor] = []
 
     def paths(self) -> Iterator[None]:
         """Let the gates show each path of the coming step in turn."""
-        self._paths = self.scores.deal()
+        self._paths = self.compared.deal()
         for path in self._paths:
-            self.scores.path = path
+            self.compared.path = path
             self._set_gates()
             yield
 
@@ -312,12 +314,12 @@ class PathSearch(Search):
         return torch.stack(list(losses)).mean()
 
     def before_optimizer_step(self) -> None:
-        if self.scores.warmup <= self.done < self.scores.moving and self._paths is not None:
+        if self.compared.warmup <= self.done < self.compared.moving and self._paths is not None:
             losses = torch.stack(self._losses).cpu()
             if bool(torch.isfinite(losses).all()):  # a GradScaler skips such steps
-                self.scores.learn(self._paths, losses)
+                self.compared.learn(self._paths, losses)
 
     def stop(self, error: BaseException | None = None) -> None:
         super().stop(error)
         if error is None and self.done:
-            self.leaves.show(self.scores.chosen().double())
+            self.leaves.show(self.compared.chosen().double())

@@ -231,3 +231,62 @@ def test_a_loss_that_is_nan_puts_the_weights_back() -> None:
     with pytest.raises(DNALError, match="nan or infinite at search step 3"):
         strategy(Toy(), given)
     assert all(gate.state.value == "transparent" for gate in strategy.pruner.gates.values())
+
+
+# -- candidates alone -------------------------------------------------------------------------------------------------
+
+
+def test_candidates_alone_are_a_network_of_the_space() -> None:
+    def searched() -> DNALStrategy:
+        torch.manual_seed(0)
+        strategy = DNALStrategy(Budget(flops=0.5), widths=False)
+        given = evaluator()
+        strategy(Plain(), given)
+        assert "training_step" not in vars(given.module)
+        return strategy
+
+    strategy = searched()
+    slim = check(strategy)
+    (model,) = strategy.list_models()
+    assert set(model.sample) == {"layer", "inputs", "depth"}
+    assert strategy.report.after.flops <= 0.5 * strategy.report.before.flops
+    assert all(m.out_channels == 8 for m in slim.modules() if isinstance(m, nn.Conv2d))
+    last, again = strategy.pruner.session.last, searched().pruner.session.last
+    assert last is not None and again is not None
+    assert torch.equal(last.score, again.score) and bool(last.score.any())
+
+
+def test_candidates_alone_at_any_number() -> None:
+    torch.manual_seed(0)
+    strategy = DNALStrategy(Budget(flops=0.5), widths=False, single_path=False)
+    strategy(Plain(), evaluator())
+    check(strategy)
+
+
+def test_a_step_of_candidates_alone_costs_as_many_paths_as_there_are_candidates() -> None:
+    torch.manual_seed(0)
+    given = evaluator(epochs=1, batches=8)
+    step, calls = given.module.training_step, []
+
+    def counted(batch: Any, batch_idx: int) -> dict[str, Any]:
+        calls.append(batch_idx)
+        return {"loss": step(batch, batch_idx)}
+
+    given.module.training_step = counted
+    DNALStrategy(Budget(flops=0.5), widths=False, warmup=0.5)(Plain(), given)
+    # three candidates of `layer`, three depths; in the end the one that was found
+    assert [calls.count(i) for i in range(8)] == [3] * 7 + [1]
+    assert given.module.training_step is counted
+
+
+def test_errors_of_candidates_alone() -> None:
+    with pytest.raises(DNALError, match="widths=False, and the model space has choices of a width: 'hidden'; fix"):
+        DNALStrategy(Budget(flops=0.5), widths=False)(Toy(), evaluator())
+    with pytest.raises(DNALError, match="widths=0: must be True or False"):
+        DNALStrategy(Budget(flops=0.5), widths=0)
+    with pytest.raises(DNALError, match="ended within the warmup of 50%"):
+        DNALStrategy(Budget(flops=0.5), widths=False)(Plain(), evaluator(callbacks=[_Stop(3)]))
+    given = evaluator()
+    given.module.training_step = lambda batch, batch_idx: None
+    with pytest.raises(DNALError, match="training_step returns no loss: a search of candidates alone"):
+        DNALStrategy(Budget(flops=0.5), widths=False)(Plain(), given)

@@ -151,10 +151,7 @@ class DNALStrategy(OneShotStrategy):
         finally:
             trainer.callbacks.remove(callback)
         if not callback.finished:
-            raise DNALError(
-                f"the training ended within the warmup of {self.warmup:.0%} of its steps: nothing was searched; give "
-                "DNALStrategy a smaller warmup, or train longer"
-            )
+            raise _within_warmup(self.warmup)
 
     def list_models(self, sort: bool = True, limit: int | None = 1) -> Iterator[ExecutableModelSpace]:
         """The network found as an architecture of the space: one at most, whatever ``limit``.
@@ -203,7 +200,8 @@ class DNALStrategy(OneShotStrategy):
             own = {"warmup": self.warmup, "single_path": self.single_path, "widths": self.widths}
             usual = {"warmup": WARMUP, "single_path": not self.widths, "widths": True}
             made = report.interventions.with_arguments(own, usual)
-            report.interventions = dataclasses.replace(made, epochs=self._epochs)
+            changed = {name: value for name, value in made.changed.items() if name != "paths"}  # that is widths=False
+            report.interventions = dataclasses.replace(made, epochs=self._epochs, changed=changed)
         return slim
 
     @property
@@ -235,8 +233,9 @@ class Searching(pl.Callback):
             if not isinstance(self.search, PathSearch) or self.search.done >= self.search.steps:
                 return step(*args, **kwargs)
             outputs = [step(*args, **kwargs) for _ in self.search.paths()]
-            losses = [out.get("loss") if isinstance(out, dict) else out for out in outputs]
-            if not all(isinstance(loss, Tensor) for loss in losses):
+            results = [out.get("loss") if isinstance(out, dict) else out for out in outputs]
+            losses = [loss for loss in results if isinstance(loss, Tensor)]
+            if len(losses) < len(results):
                 raise DNALError(
                     "training_step returns no loss: a search of candidates alone (widths=False) compares the losses of "
                     "paths; return it, and leave the optimizer to Lightning"
@@ -300,6 +299,8 @@ class Searching(pl.Callback):
             self._finish()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(self.search, PathSearch) and self.search.done <= self.search.compared.warmup:
+            raise _within_warmup(self.search.compared.warmup / self._steps)
         if self.search is not None and self.search.done:
             _logger.warning(
                 "the training ended after %d of the %d steps that the search was planned for",
@@ -317,6 +318,13 @@ class Searching(pl.Callback):
         self.search.stop()
         self.search, self.finished = None, True
         self.pruner.harden()
+
+
+def _within_warmup(share: float) -> DNALError:
+    return DNALError(
+        f"the training ended within the warmup of {share:.0%} of its steps: nothing was searched; give "
+        "DNALStrategy a smaller warmup, or train longer"
+    )
 
 
 def _first_image(evaluator: Lightning) -> Tensor:
