@@ -31,7 +31,7 @@ from .search.close import cut, threshold_cut
 from .search.criteria import Criterion, Loss, criterion_scores
 from .search.loop import Search
 from .search.paper import PAPER_THRESHOLD
-from .search.paths import PathScores, PathSearch
+from .search.paths import PathScores, search_of
 from .search.ranks import from_first, is_first
 from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
@@ -119,12 +119,10 @@ class Session:
         self.attach()
         if self.last is not None:
             self.last.pace.restore()
-        scores = self.method.scores(self.model, self.plan, steps)
-        kind = PathSearch if isinstance(scores, PathScores) else Search
-        search = kind(
+        search = search_of(
             self.model,
             self.gates.values(),
-            scores,
+            self.method.scores(self.model, self.plan, steps),
             optimizer=optimizer,
             weights_learn=optimizer is not None if weights_learn is None else weights_learn,
             progress=progress,

@@ -323,3 +323,9 @@ class PathSearch(Search):
         super().stop(error)
         if error is None and self.done:
             self.leaves.show(self.compared.chosen().double())
+
+
+def search_of(model: nn.Module, gates: Iterable[ScaledSigmoidGate], scores: ArchOptimizer, **settings: Any) -> Search:
+    """The search that goes with ``scores``; ``settings`` as of :class:`Search`."""
+    kind = PathSearch if isinstance(scores, PathScores) else Search
+    return kind(model, gates, scores, **settings)

@@ -250,6 +250,9 @@ def test_candidates_alone_are_a_network_of_the_space() -> None:
     (model,) = strategy.list_models()
     assert set(model.sample) == {"layer", "inputs", "depth"}
     assert strategy.report.after.flops <= 0.5 * strategy.report.before.flops
+    made = strategy.report.interventions
+    assert made is not None and made.changed["widths"] is False and "paths" not in made.changed
+    assert any("candidates alone are coarse" in note for note in strategy.report.notes)
     assert all(m.out_channels == 8 for m in slim.modules() if isinstance(m, nn.Conv2d))
     last, again = strategy.pruner.session.last, searched().pruner.session.last
     assert last is not None and again is not None
