@@ -1,6 +1,6 @@
 """Search how two modalities are fused, and count what people still decide.
 
-    python examples/multimodal.py --data builtin --epochs 2 --retrain 2 --samples 2 --out out/multimodal
+    python examples/multimodal.py --data builtin --epochs 1 --retrain 2 --samples 2 --proxy 1 --final 1 --out out/look
     apt-get install espeak-ng && python examples/multimodal.py --seeds 0 1 2 3 4 --out out/multimodal
 
 The first is a look at it, in under a minute on one CPU core, on a pair that needs nothing installed; the second takes

@@ -61,6 +61,30 @@ def test_ilqr(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_multimodal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its short form, on the pair that needs nothing installed; without espeak-ng it says what to install."""
+    pytest.importorskip("pytorch_lightning")
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "multimodal.py"), "--out", str(tmp_path)]
+    short = ["--data", "builtin", "--epochs", "1", "--retrain", "2", "--samples", "2", "--proxy", "1", "--final", "1"]
+    out = subprocess.run([*command, *short], check=True, capture_output=True, text=True).stdout
+    runs = {run["method"]: run for run in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    assert len(runs) == 5 and all(method in out for method in runs)
+    made = {method: run["interventions"] for method, run in runs.items()}
+    hand, drawn, learned = (made[name] for name in ("late fusion, by hand", "random search", "DNALStrategy"))
+    assert not hand["searched"] and hand["fixed"] == {"operations": 6, "widths": 5}
+    for kind in ("operations", "depths"):
+        assert learned["searched"][kind] == drawn["searched"][kind] > 5
+    assert learned["fixed"] == drawn["fixed"] == {"operations": 4}
+    assert max(drawn["count"], learned["count"]) < hand["count"] == 12
+    assert (drawn["candidates"], learned["candidates"], learned["epochs"]) == (2, 0, 1)
+    assert all(run["flops"] <= 1.01 * 700e3 for run in runs.values())
+    assert runs["late fusion, by hand"]["accuracy"] > 30 and (tmp_path / "accuracy.png").stat().st_size > 5_000
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no espeak-ng is
+    said = subprocess.run([*command, "--out", str(tmp_path / "spoken")], capture_output=True, text=True)
+    assert said.returncode == 1 and "apt-get install espeak-ng" in said.stderr
+
+
+@pytest.mark.slow
 def test_nas_benchmark_goes_on_where_it_stopped(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning")
     command = [
