@@ -6,8 +6,8 @@
 
 DIR holds {train,test}/<WordNet id>/*.JPEG (Tiny ImageNet's images, a folder a class). The network keeps the 20 rows of
 its classifier that these classes have, so that it is right from the start. `--images` of them, `--epochs` epochs in all
-(a search inside of them), float32, mirrored at random; SGD with Nesterov momentum 0.9 and weight decay 1e-4, in the
-search at a constant `--lr`, then 5 % warm-up to it and a half cosine to 0. One JSON line a run is added to
+(a search inside of them), bfloat16 autocast, mirrored at random; SGD with Nesterov momentum 0.9 and weight decay 1e-4,
+in the search at a constant `--lr`, then 5 % warm-up to it and a half cosine to 0. One JSON line a run is added to
 OUT/runs.jsonl; a run whose line is there is not repeated. Accuracies are of all test images, in eval mode, with the
 norms' statistics as they are: "cut" right after the cut (and after the repair, "+repair"), "accuracy" at the end.
 
@@ -89,6 +89,10 @@ def network(classes: list[str]) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def set_momentum(model: nn.Module, momentum: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -135,7 +139,9 @@ class Bench:
                 rate = (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * part))
                 optimizer.param_groups[0]["lr"] = self.args.lr * rate
                 optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
+                with autocast():
+                    loss = F.cross_entropy(model(images), labels)
+                loss.backward()
                 optimizer.step()
                 step += 1
 
@@ -147,7 +153,9 @@ class Bench:
             for epoch in range(epochs):
                 model.train()
                 for images, labels in self.batches(seed, epoch):
-                    search.step(F.cross_entropy(model(images), labels))
+                    with autocast():
+                        loss = F.cross_entropy(model(images), labels)
+                    search.step(loss)
         return pruner.speedup()
 
     def chosen(self, pruner: DNALPruner, method: str, seed: int) -> nn.Module:

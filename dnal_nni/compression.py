@@ -33,7 +33,7 @@ from .search.settings import all_but
 from .search.statistics import Pace
 from .session import Session
 
-RECALIBRATION_BATCHES, WARM_UP = 50, 0.05
+RECALIBRATION_BATCHES, REPAIR_BATCHES, WARM_UP = 50, 8, 0.05
 _OWN_LOOP = "for batches of another form, write the loop yourself, with DNALPruner and pruner.search()"
 
 
@@ -89,6 +89,9 @@ class Compression:
     def cut(self, session: Session, before: float | None, seconds: float) -> tuple[nn.Module, Report]:
         """Cut what was searched, and estimate its norms' statistics anew; the dense model is then as it was.
 
+        Where the dense model, cut to the same widths and repaired, has the lower loss, the search has unlearned more
+        than it has taught: then that is what is cut.
+
         Args:
             session: behind its search.
             before: what ``validate`` said of the dense model.
@@ -96,13 +99,14 @@ class Compression:
         """
         slim = session.speedup()
         with phase("estimating the norms' statistics anew"):
-            batches = itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES)
-            update_bn(((batch[0],) for batch in batches), slim)
+            first: list[Any] = []
+            update_bn(self._recalibrating(first), slim)
         report = session.report
         report.seconds["search"] = seconds
         if report.interventions is not None:
             report.interventions = dataclasses.replace(report.interventions, epochs=self.search_epochs)
         session.detach()
+        slim = self._better(session, slim, report, first)
         with phase("measuring the latency"):
             dense_ms, slim_ms = latencies([session.model, slim], session.plan.dummy_input)
         report.latency_ms = (dense_ms, slim_ms)
@@ -110,6 +114,36 @@ class Compression:
             after = self.validate(slim)
             report.accuracy, report.accuracy_cut = (before, after), after if self.epochs else None
         return slim, report
+
+    def _recalibrating(self, first: list[Any]) -> Iterator[tuple[Any]]:
+        """What the norms' statistics are of; a few batches of it stay in ``first``."""
+        for batch in itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES):
+            if len(first) < REPAIR_BATCHES:
+                first.append(batch)
+            yield (batch[0],)
+
+    def _better(self, session: Session, slim: nn.Module, report: Report, batches: Sequence[Any]) -> nn.Module:
+        """``slim``, or the dense model cut to its widths and repaired, whichever has the lower loss in eval mode."""
+        inputs = [batch[0] for batch in batches if batch[0].shape[1:] == batches[0][0].shape[1:]]
+        if any(group.choice for group in session.plan.active) or sum(map(len, inputs)) < 2:
+            return slim
+        assert session.keep is not None
+        fitted = session.plan.slim(session.model, session.keep)
+        session.repair(fitted, torch.cat(inputs))
+        searched, repaired = (self._mean_loss(network, batches) for network in (slim, fitted))
+        if not repaired < searched:
+            return slim
+        report.notes.append(
+            f"after the cut the layers were fitted to the uncut network's, without labels: a loss of {repaired:.3g} on "
+            f"{len(batches)} batches, where the weights of the search have {searched:.3g}"
+        )
+        return fitted
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module, batches: Sequence[Any]) -> float:
+        """In eval mode, in which the model is left."""
+        model.eval()
+        return sum(float(self.loss(model, batch)) for batch in batches) / len(batches)
 
     def finetune(self, slim: nn.Module, report: Report, state: Mapping[str, Any]) -> None:
         """Fine-tune in place from the epoch of ``state`` on, and write into the report what came of it.

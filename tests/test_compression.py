@@ -60,6 +60,35 @@ def test_digits_from_a_loader_and_a_loss() -> None:
     assert report.accuracy_cut is not None and {"search", "finetune"} <= report.seconds.keys()
 
 
+@pytest.mark.parametrize("epochs", [12, 0])
+def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
+    """Of what it found only the widths stay where the uncut network, cut to these and repaired, has the lower loss."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    batches = list(zip(images[:1500].split(50), labels[:1500].split(50)))
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for x, y in epochs * batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    def right(network: nn.Module) -> float:
+        return 100 * float((network.eval()(images[1500:]).argmax(1) == labels[1500:]).float().mean())
+
+    before = state(model)
+    slim, report = compress(
+        model, batches, budget=HALF, validate=right, lr=0.02, search_epochs=1, epochs=0, progress=False
+    )
+    assert same(state(model), before)
+    notes = [note for note in report.notes if note.startswith("after the cut the layers were fitted")]
+    assert len(notes) == (epochs > 0) and report.accuracy[1] == right(slim)
+    if notes:
+        loss = float(torch.stack([F.cross_entropy(slim.eval()(x), y) for x, y in batches[:8]]).mean().detach())
+        assert f"a loss of {loss:.3g} on 8 batches" in notes[0]
+
+
 def test_validate_is_a_function_exclude_an_object_optimizer_a_factory(small: nn.Module, batches: Batches) -> None:
     seen: list[nn.Module] = []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,8 +53,8 @@ def repair(
     ``Y`` in ``dense``, one column a place: ``W + R X^T (X X^T + strength)^-1`` with ``R = Y - W X``, which is the least
     of ``|Y - V X|^2 + strength |V - W|^2`` over ``V``. The strength is that which does best on the half of the examples
     that it was not fitted to, the halves taking turns; a layer that no strength improves there stays as it is. Grouped
-    and depthwise convolutions, layers that run more than once and those with computed weights stay too. Norms are not
-    changed.
+    and depthwise convolutions, layers that run more than once and those with computed weights stay too. At last
+    :func:`settle_norms`, so that training begins at the function that was fitted.
 
     Args:
         dense: the uncut network.
@@ -85,10 +85,53 @@ def repair(
                 raise DNALError(f"repair(slim): its {path} is not what the cut left: pass what speedup() returned last")
         with seeded(slim), _Fitter(slim, recorder) as fitter:
             call(slim, inputs)
+        settle_norms(slim, inputs)
     finally:
         for module, training in modes:
             module.training = training
     return fitter.errors
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, inputs: Any) -> None:
+    """Write batch norms anew, in place: what ``model`` computes in eval mode stays, and train mode comes near to it.
+
+    A regression leaves outputs of less variance than the ones that it is fitted to, and the running statistics are
+    those of the uncut network: in train mode every norm would undo a part of the fit. So the running mean and variance
+    become those of what arrives, and weight and bias take up the difference. Norms without a weight and a bias of their
+    own, or that run more than once, stay as they are.
+
+    Args:
+        model: in eval mode.
+        inputs: in the form of a dummy input.
+    """
+    found: dict[nn.modules.batchnorm._BatchNorm, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def look(norm: Any, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].transpose(0, 1).flatten(1)
+        if rows.shape[1] > 1:
+            variance, mean = torch.var_mean(rows.float() if rows.dtype.itemsize < 4 else rows, 1)
+            found[norm].append((mean.double(), variance.double()))
+
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    owners = Counter(id(norm.weight) for norm in norms)
+    own = [norm for norm in norms if norm.running_var is not None and norm.affine and owners[id(norm.weight)] == 1]
+    hooks = [norm.register_forward_pre_hook(look) for norm in own if isinstance(norm.weight, nn.Parameter)]
+    try:
+        with seeded(model):
+            call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, moments in found.items():
+        if len(moments) == 1:
+            mean, variance = moments[0]
+            assert norm.running_mean is not None and norm.running_var is not None
+            deviation = (norm.running_var.double() + norm.eps).sqrt()
+            norm.bias.add_(norm.weight * (mean - norm.running_mean) / deviation)
+            norm.weight.mul_((variance + norm.eps).sqrt() / deviation)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
 
 @dataclasses.dataclass(frozen=True)

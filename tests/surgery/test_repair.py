@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner
 from dnal_nni.modules.choices import Mixture
-from dnal_nni.surgery.repair import STRENGTHS, repair
+from dnal_nni.surgery.repair import STRENGTHS, repair, settle_norms
 
 
 def halves(columns: Tensor) -> list[Tensor]:
@@ -147,7 +147,7 @@ def test_what_another_channel_repeats_comes_back() -> None:
     pruner = DNALPruner(model, CONV, dummy_input=x[:2])
     slim = half(pruner)
     lost = float((slim(x) - wanted).detach().abs().max())
-    still = {name: copy.deepcopy(slim.get_submodule(name).state_dict()) for name in ("a", "norm", "depthwise", "twice")}
+    still = {name: copy.deepcopy(slim.get_submodule(name).state_dict()) for name in ("a", "depthwise", "twice")}
     errors = pruner.repair(slim, x)
     assert float((slim(x) - wanted).detach().abs().max()) < 1e-3 * lost
     before, after = errors["b"]
@@ -155,6 +155,51 @@ def test_what_another_channel_repeats_comes_back() -> None:
     assert set(errors) == {"a", "b", "fc"} and not slim.training
     for name, tensors in still.items():
         torch.testing.assert_close(slim.get_submodule(name).state_dict(), tensors, rtol=0, atol=1e-12)
+
+
+class Norms(nn.Module):
+    """Norms of two kinds, one without weights, one that runs twice, and two that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, 6)
+        self.norm, self.twice = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.bare = nn.BatchNorm2d(6, affine=False)
+        self.flat, self.tied = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.tied.weight = nn.BatchNorm1d(6).weight
+        self.other = nn.BatchNorm1d(6)
+        self.other.weight = self.tied.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bare(self.twice(self.twice(self.norm(self.a(x)).relu()))).mean((2, 3))
+        return self.other(self.tied(self.flat(self.b(x)).relu()))
+
+
+def test_settled_norms_compute_in_train_mode_what_all_compute_in_eval_mode() -> None:
+    torch.manual_seed(5)
+    model, x = Norms().double(), 2 + 3 * torch.randn(50, 3, 5, 5, dtype=torch.float64)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.copy_(torch.randn(6))
+            norm.running_var.copy_(torch.rand(6) + 0.1)
+            if norm.affine:
+                nn.init.normal_(norm.weight)
+                nn.init.normal_(norm.bias)
+    model.eval()
+    still = {name: copy.deepcopy(model.get_submodule(name).state_dict()) for name in ("twice", "bare", "tied", "other")}
+    wanted = model(x).detach()
+    settle_norms(model, x)
+    torch.testing.assert_close(model(x).detach(), wanted, rtol=0, atol=1e-10)
+    for name, tensors in still.items():
+        torch.testing.assert_close(model.get_submodule(name).state_dict(), tensors, rtol=0, atol=0)
+    a, eval_mode = model.a(x), model.norm(model.a(x)).detach()
+    torch.testing.assert_close(model.norm.running_mean, a.mean((0, 2, 3)).detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.norm.running_var, a.var((0, 2, 3)).detach(), rtol=1e-10, atol=0)
+    model.norm.train()
+    bias, variance = model.norm.bias.detach().view(6, 1, 1), a.var((0, 2, 3)).detach().view(6, 1, 1)
+    of_n = ((variance + 1e-5) / (variance * 449 / 450 + 1e-5)).sqrt()  # in train mode torch divides by n = 450
+    torch.testing.assert_close(model.norm(a).detach(), (eval_mode - bias) * of_n + bias, rtol=0, atol=1e-10)
 
 
 def test_the_aim_is_the_network_ahead_of_the_search() -> None:
