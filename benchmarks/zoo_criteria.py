@@ -98,6 +98,7 @@ def ours(model: nn.Module, entry: Entry, seconds: float, modes: Sequence[str], w
     try:
         budget = Budget(flops=FLOPS)
         objective = Objective(plan.cost, budget, plan.limits)
+        objective.check_reachable()
         record["half"] = round(left(dataclasses.replace(plan, budget=budget, objective=objective))[0], 4)
     except Exception as error:
         record["half_error"] = plain(str(error))

@@ -202,7 +202,9 @@ class Plan:
         cost = copy.copy(self.cost)
         if latencies is not None:
             cost.load_latency_state(latencies)
-        return dataclasses.replace(self, cost=cost, **_held(cost, self.budget, self.settings, [multiple])._asdict())
+        within = limits(self.settings, cost.active, multiple)
+        objective = _objective(cost, self.budget, self.settings, within)  # in reach there, whatever is measured here
+        return dataclasses.replace(self, cost=cost, limits=within, objective=objective, channel_multiple=multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +308,10 @@ def _held(cost: CostModel, budget: Budget | None, settings: Sequence[Setting], t
 
     def objective_of(multiple: int) -> tuple[Limits, Objective | None]:
         within = limits(settings, cost.active, multiple)
-        return within, _objective(cost, budget, settings, within)
+        objective = _objective(cost, budget, settings, within)
+        if objective is not None:
+            objective.check_reachable()
+        return within, objective
 
     return first_that_fits(tried, objective_of)
 

@@ -74,8 +74,6 @@ class Objective:
         g = torch.ones(len(self.group_of), dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             (self.whole,) = torch.autograd.grad(self.relative(g).sum(), g)
-        if budget is not None:
-            self._check_reachable()
 
     def to(self, device: torch.device | str) -> Objective:
         """Move to a device, in place."""
@@ -158,7 +156,10 @@ class Objective:
                 return floor
             fraction *= 0.8
 
-    def _check_reachable(self) -> None:
+    def check_reachable(self) -> None:
+        """Raise where no structure that the limits allow costs what the budget is."""
+        if self.budget is None:
+            return
         target = float(self.targets[0])
         nothing = torch.zeros_like(self.whole)
         most = (first_ranks(self.sizes, self.limits.most) & self.candidates(nothing + 1.0, nothing)[1]).double()
