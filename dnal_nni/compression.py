@@ -26,6 +26,7 @@ from .cost.latency import latencies
 from .errors import DNALError, told
 from .modules.given import check_model
 from .modules.running import FORWARD_ERRORS
+from .outcome import file_report
 from .plan import Plan
 from .progress import phase
 from .report.record import Report
@@ -137,6 +138,7 @@ class Compression:
             f"after the cut the layers were fitted to the uncut network's, without labels: a loss of {repaired:.3g} on "
             f"{len(batches)} batches, where the weights of the search have {searched:.3g}"
         )
+        file_report(fitted, report)
         return fitted
 
     @torch.no_grad()

@@ -24,6 +24,11 @@ from .surgery.slim import Keep
 _reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # no attribute: a cut network knows nothing of us
 
 
+def file_report(network: nn.Module, report: Report) -> None:
+    """Let :func:`report_of` know it, as long as the network lives."""
+    _reports[network] = report
+
+
 def report_of(network: nn.Module) -> Report:
     """The report of a network that ``speedup()`` or :func:`~dnal_nni.compression.compress` returned in this process.
 
@@ -70,7 +75,7 @@ def reported(
         groups.append(GroupReport(g.name, g.channels, kept, g.site, len(g.members), g.frozen))
     before, searched = plan.cost.dense, search if search is not None and search.done > 0 else None
     after, counts = from_first(lambda: plan.counted(slim, model))
-    _reports[slim] = report = Report(
+    report = Report(
         before=before,
         after=after,
         groups=groups,
@@ -92,6 +97,7 @@ def reported(
         ],
         interventions=interventions(plan, model, searched, "choose" in seconds, method),
     )
+    file_report(slim, report)
     return report
 
 

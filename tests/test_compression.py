@@ -83,7 +83,7 @@ def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
     )
     assert same(state(model), before)
     notes = [note for note in report.notes if note.startswith("after the cut the layers were fitted")]
-    assert len(notes) == (epochs > 0) and report.accuracy[1] == right(slim)
+    assert len(notes) == (epochs > 0) and report.accuracy[1] == right(slim) and report_of(slim) is report
     if notes:
         loss = float(torch.stack([F.cross_entropy(slim.eval()(x), y) for x, y in batches[:8]]).mean().detach())
         assert f"a loss of {loss:.3g} on 8 batches" in notes[0]
