@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dnal_nni import Budget, DNALError, DNALPruner, compress, measure
+from dnal_nni import Budget, DNALError, DNALPruner, compress, measure, report_of
 
 HALF = Budget(flops=0.5)
 Batches = list[tuple[Tensor, Tensor]]
