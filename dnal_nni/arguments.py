@@ -185,5 +185,6 @@ def _meant(error: str, kwargs: Mapping[str, Any], signature: inspect.Signature) 
         if name not in named:
             return nearest(name, named) or f"; it takes {', '.join(named)}"
     if "too many positional" in error:
-        return f"; without a name it takes {', '.join(n for n, p in named.items() if p.kind is not p.KEYWORD_ONLY)}"
+        free = ", ".join(n for n, p in named.items() if p.kind is not p.KEYWORD_ONLY)
+        return f"; {'without a name it takes' if named else 'it takes'} {free or 'none'}"
     return ""

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 
 from .arguments import checked_but, shown
 from .budget import Budget
+from .callers import Data, measured, optimizer_of, run, validation
 from .cost.latency import latencies
-from .errors import DNALError, told
+from .errors import DNALError
 from .modules.given import check_model
-from .modules.running import FORWARD_ERRORS
 from .outcome import file_report
 from .plan import Plan
 from .progress import phase
@@ -35,7 +35,6 @@ from .search.statistics import Pace
 from .session import Session
 
 RECALIBRATION_BATCHES, REPAIR_BATCHES, WARM_UP = 50, 8, 0.05
-_OWN_LOOP = "for batches of another form, write the loop yourself, with DNALPruner and pruner.search()"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,8 +260,12 @@ def compress(
         raise DNALError(f"compress(lr={lr!r}): give a number above 0")
     if keep_best and validate is None:
         raise DNALError("compress(keep_best=True) needs to know which epoch is best: give validate=")
+    if inspect.isclass(loss):
+        raise DNALError(f"compress(loss=...) is {shown(loss)}: this is the class, make one of it: {loss.__name__}()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise DNALError("every parameter of the model is frozen, and fine-tuning could change none: unfreeze some")
     device = next(model.parameters()).device
-    data, measured = _Data("loader", loader, device), loss or F.cross_entropy
+    data, loss_of = Data("loader", loader, device), loss or F.cross_entropy
     training = [(module, module.training) for module in model.modules()]
     session: Session | None = None
     try:
@@ -271,9 +274,9 @@ def compress(
         stages = Compression(
             batches=lambda stage, epoch: data.batches(),
             steps=data.steps(),
-            loss=lambda model, batch: measured(_run(model, batch[0]), batch[1]),
-            validate=_validation(validate, device),
-            optimizer=lambda parameters, stage: _optimizer(parameters, lr, optimizer),
+            loss=lambda model, batch: measured(loss_of, run(model, batch[0]), batch[1]),
+            validate=validation(validate, device),
+            optimizer=lambda parameters, stage: optimizer_of(parameters, lr, optimizer),
             search_epochs=search_epochs,
             epochs=epochs,
             keep_best=keep_best,
@@ -305,95 +308,3 @@ def compress(
     for module in slim.modules():
         module.training = model.training
     return slim, report
-
-
-class _Data:
-    """Somebody's batches ``(inputs, targets)``, on the device of the model."""
-
-    def __init__(self, name: str, loader: Iterable[Any], device: torch.device) -> None:
-        self.name, self.loader, self.device = name, loader, device
-
-    def steps(self) -> int:
-        """How many batches an epoch has."""
-        try:
-            if not isinstance(self.loader, Sized) or isinstance(self.loader, (str, Mapping)):
-                raise TypeError
-            steps = len(self.loader)
-        except TypeError:
-            raise DNALError(
-                f"compress({self.name}=...) is {shown(self.loader)}: give a DataLoader, or a list of batches; a "
-                "generator has no length, and is used up by its first epoch"
-            ) from None
-        if steps == 0:
-            raise DNALError(f"compress({self.name}=...) gives no batch: it has fewer examples than one batch")
-        return steps
-
-    def batches(self) -> Iterator[tuple[Tensor, Any]]:
-        """One epoch."""
-        for batch in self.loader:
-            pair = isinstance(batch, (list, tuple)) and len(batch) == 2
-            if not (pair and all(isinstance(part, Tensor) for part in batch)):
-                raise DNALError(
-                    f"compress({self.name}=...) gives {shown(batch)}, and should give (inputs, targets), two tensors; "
-                    f"{_OWN_LOOP}"
-                )
-            yield batch[0].to(self.device), batch[1].to(self.device)
-
-    def first(self) -> tuple[Tensor, Any]:
-        """The first batch, and an error where there is none."""
-        self.steps()
-        return next(self.batches())
-
-
-def _run(model: nn.Module, inputs: Tensor) -> Any:
-    with told(f"the model rejects a batch of the loader ({shown(inputs)})", FORWARD_ERRORS):
-        return model(inputs)
-
-
-def _optimizer(
-    parameters: Iterator[nn.Parameter], lr: float, make: Callable[[Iterator[nn.Parameter]], Optimizer] | None
-) -> Optimizer:
-    if make is None:
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
-    made = make(parameters)
-    if not isinstance(made, Optimizer):
-        raise DNALError(f"compress(optimizer=...) returns {shown(made)}: return an optimizer of the given parameters")
-    return made
-
-
-def _validation(
-    validate: Iterable[Any] | Callable[[nn.Module], float] | None, device: torch.device
-) -> Callable[[nn.Module], float] | None:
-    """How good a model is: what the user's function says, or the top-1 accuracy on the user's data."""
-    if validate is None:
-        return None
-    if callable(validate):
-        return lambda model: _number(validate(model))
-    data = _Data("validate", validate, device)
-    data.steps()
-    return lambda model: accuracy(model, data.batches())
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = float(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise DNALError(f"compress(validate=...) returns {shown(value)}: return a number, more is better")
-    return float(value)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 in per cent, in eval mode."""
-    right, total = 0, 0
-    model.eval()
-    for inputs, targets in batches:
-        outputs = _run(model, inputs)
-        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
-            raise DNALError(
-                f"the accuracy is of scores [batch, classes] and classes [batch], and not of {shown(outputs)} and "
-                f"{shown(targets)}: give validate=f, a function from a model to a number"
-            )
-        right += int((outputs.argmax(1) == targets).sum())
-        total += len(targets)
-    return 100 * right / max(total, 1)

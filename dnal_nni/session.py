@@ -29,7 +29,7 @@ from .progress import logger, phase
 from .report.record import Report
 from .search.close import cut, threshold_cut
 from .search.criteria import Criterion, Loss, criterion_scores
-from .search.loop import Search
+from .search.loop import Search, check_over
 from .search.paper import PAPER_THRESHOLD
 from .search.paths import PathScores, search_of
 from .search.ranks import from_first, is_first
@@ -150,6 +150,7 @@ class Session:
             by group name, bool ``[channels]``: what stays, of all groups that have a gate.
         """
         check_layers(self.model, self.plan.active, self._layers)
+        check_over(self.last)
         if keep is None:
             if self.last is None or self.last.done == 0:
                 raise DNALError("nothing has been learned yet: run search() or compress() first, or pass keep=")

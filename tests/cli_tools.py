@@ -55,6 +55,14 @@ def images_only():
 def float_labels():
     return DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.rand(8)), 4), None
 
+def torn():
+    inputs, labels = _set(12).tensors
+    return [(inputs, labels), inputs], None
+
+def below_zero():
+    inputs, labels = _set(12).tensors
+    return [(inputs, labels - 1)], None
+
 def nan():
     return DataLoader(TensorDataset(torch.full((8, 3, 8, 8), float("nan")), torch.zeros(8).long()), 4), None
 

@@ -139,6 +139,9 @@ def _folders(folder: Path, settings: Settings) -> Data:
             if len(held) == len(train):
                 raise DNALError(f"{folder} has {len(train)} image, which is held out to test on: give more to train on")
             train, test = Subset(train, [i for i in range(len(train)) if i not in held]), Subset(test, sorted(held))
+    classes: list[str] = getattr(train, "dataset", train).classes
+    if len(classes) == 1:
+        raise DNALError(f"{folder} has one class only, {classes[0]}: give the folder that has a folder for each class")
     more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
     notes = [f"left out, since unreadable: {', '.join(unreadable[:3])}{more}"] if unreadable else []
     size = settings.batch_size

@@ -27,7 +27,7 @@ from ..storage.compressed import load_compressed, save_compressed
 from ..storage.reports import REPORT, read_report
 from ..storage.state import load_state, save_state, under_own_names
 from ..storage.whole import write_whole
-from .data import each, loaders
+from .data import Loader, each, loaders
 from .settings import LIMITS, Settings
 from .targets import load_target, load_weights
 
@@ -118,16 +118,25 @@ class Run:
 
     def _example(self) -> Tensor:
         """One input: the first of the data, which are thereby looked at."""
-        batch = next(each(self.train, self.settings.data), None)
-        if not (isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-            raise DNALError(f"{self.settings.data} gives no batches (inputs, labels) of two tensors")
-        inputs, labels = batch
-        if labels.dtype != torch.int64 or labels.shape != (len(inputs),):
-            raise DNALError(
-                f"{self.settings.data} gives labels of {labels.dtype} and shape {list(labels.shape)}, not one class "
-                "number (int64) an input: dnal compress trains classifiers, other networks go through DNALPruner"
-            )
-        return inputs[:1].to(self.device)
+        for inputs, _ in self.pairs(self.train):
+            return inputs[:1]
+        raise DNALError(f"{self.settings.data} gives no batches (inputs, labels) of two tensors")
+
+    def pairs(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch of batches ``(inputs, labels)``, each looked at, on the device."""
+        data = self.settings.data
+        for batch in itertools.islice(each(loader, data), len(loader)):
+            if not (isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+                raise DNALError(f"{data} gives no batches (inputs, labels) of two tensors")
+            inputs, labels = batch
+            if labels.dtype != torch.int64 or labels.shape != (len(inputs),):
+                raise DNALError(
+                    f"{data} gives labels of {labels.dtype} and shape {list(labels.shape)}, not one class number "
+                    "(int64) an input: dnal compress trains classifiers, other networks go through DNALPruner"
+                )
+            if len(labels) and int(labels.min()) < 0:
+                raise DNALError(f"{data} gives a class {int(labels.min())}: classes are numbered from 0 on")
+            yield inputs.to(self.device), labels.to(self.device)
 
     def model(self) -> nn.Module:
         """The dense network, anew."""
@@ -143,8 +152,7 @@ class Run:
 
     def batches(self, stage: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         seed_everything(self.settings.seed * 1_000_000 + stage * 10_000 + epoch)
-        for inputs, labels in itertools.islice(each(self.train, self.settings.data), len(self.train)):
-            yield inputs.to(self.device), labels.to(self.device)
+        yield from self.pairs(self.train)
 
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """What the network returns for a batch: one score a class."""
@@ -166,10 +174,8 @@ class Run:
         assert self.test is not None
         model.eval()
         right = total = 0
-        batches = each(self.test, self.settings.data)
-        shown = tqdm(batches, desc="test", total=len(self.test), unit="batch", leave=False)
+        shown = tqdm(self.pairs(self.test), desc="test", total=len(self.test), unit="batch", leave=False)
         for inputs, labels in shown:
-            inputs, labels = inputs.to(self.device), labels.to(self.device)
             right += int((self.scores(model, inputs, labels).argmax(1) == labels).sum())
             total += len(labels)
         return 100 * right / max(total, 1)

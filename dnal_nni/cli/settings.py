@@ -172,7 +172,7 @@ class Settings(Options):
     finetune_lr: float = option(NUMBER, "highest learning rate of fine-tuning", 0.01, "LR")
     keep_best: bool = option(FLAG, "keep the epoch of fine-tuning that tests best, not the last", False)
     batch_size: int = option(whole(1), "of a folder's images", 64)
-    workers: int = option(whole(0), "processes that load a folder's images", 0)
+    workers: int = option(whole(0, 1024), "processes that load a folder's images", 0)
     mean: tuple[float, ...] = option(
         NUMBERS, "of each colour of a folder's images, 0 to 1, as in their training", (0.485, 0.456, 0.406), "A,B,C"
     )

@@ -83,8 +83,9 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     with told(f"{path} does not fit the model"):
         missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
-        what = f"it has no {missing[0]}" if missing else f"the model has no {unexpected[0]}"
-        raise DNALError(f"{path} does not fit the model: {what}")
+        what = [f"it has no {missing[0]}"] if missing else []
+        what += [f"the model has no {unexpected[0]}"] if unexpected else []
+        raise DNALError(f"{path} does not fit the model: {', and '.join(what)}")
     return model
 
 
@@ -99,6 +100,6 @@ def _saved_by_torch(path: Path) -> dict[str, Any]:
         raise DNALError(f"{path} is no file of torch.save, or is damaged: {remedy}") from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise DNALError(f"{path} holds a {type(state).__name__}: {remedy}")
     return state

@@ -40,6 +40,8 @@ def check_model(model: object) -> None:
     Raises:
         DNALError: names what is in the way, and what to do first.
     """
+    if torch.is_inference_mode_enabled():
+        raise DNALError("inside of torch.inference_mode() nothing can learn or be compared: leave it first")
     if not isinstance(model, nn.Module):
         raise DNALError(f"model must be a torch.nn.Module, and is {shown(model)}{_hint(model)}")
     for name, module in model.named_modules():

@@ -311,6 +311,7 @@ class DNALPruner(_OwnSchedule):
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
+    @checked
     def harden(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
         """Fix every gate to 0 or 1; the model then computes the hard-gated function.
 
@@ -328,6 +329,7 @@ class DNALPruner(_OwnSchedule):
                 self._target_spaces[path][name].mask = mask
         return masks
 
+    @checked
     def speedup(self) -> nn.Module:
         """A new, physically smaller module that computes what the hard-gated ``model`` computes.
 

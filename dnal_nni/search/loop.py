@@ -186,6 +186,7 @@ class Search:
     def restore(self, model: nn.Module | None = None) -> None:
         """Give weights and norm statistics, of a copy too, the values that they had ahead of the first search."""
         if model is None:
+            self.running = False
             self.pace.restore()
         for name, tensor in (model or self.model).state_dict(keep_vars=True).items():
             if name in self.saved:
@@ -218,7 +219,7 @@ class Search:
         if not self.running:
             ended = f"it has ended after {self.done} of its {self.steps} steps" if self.done else "it has not begun"
             raise DNALError(f"step(loss) outside of the search: {ended}; call it inside of `with pruner.search(steps)`")
-        check_loss(loss, self.done)
+        check_loss(loss, f"step(loss) at search step {self.done}")
         if self.done >= self.steps:
             self._ask_for_less()
             return
@@ -370,3 +371,9 @@ class Search:
             self.scores.settle()
         self.saved = dict(state["saved"])
         self._random = {name: value.cpu() for name, value in state.get("random", {}).items()}
+
+
+def check_over(search: Search | None) -> None:
+    """Raise in the midst of a search: what is fixed there would rule the cut, whatever is learned later."""
+    if search is not None and search.running and search.done < search.steps:
+        raise DNALError(f"the search is at {search.done} of its {search.steps} steps: leave its `with` first")

@@ -14,23 +14,24 @@ from ..errors import DNALError
 _EXAMPLE = "for example F.cross_entropy(model(images), labels)"
 
 
-def check_loss(loss: Any, step: int) -> None:
+def check_loss(loss: Any, at: str) -> None:
     """Raise for what is no loss that can be learned from.
 
     Args:
         loss: whatever was given.
-        step: how many steps there have been.
+        at: where it was given.
 
     Raises:
-        DNALError: it is no tensor, not one number, or has no gradient.
+        DNALError: it is no tensor, not one real number, or has no gradient.
     """
-    at = f"step(loss) at search step {step}"
     if not isinstance(loss, Tensor):
         raise DNALError(f"{at}: the loss is {shown(loss)}: give the loss of a batch as a tensor, {_EXAMPLE}")
     if loss.numel() == 0:
         raise DNALError(f"{at}: the loss is empty, of shape {list(loss.shape)}: is there an example in the batch?")
     if loss.numel() > 1:
         raise DNALError(f"{at}: the loss has shape {list(loss.shape)}: make one number of it, loss.mean()")
+    if loss.is_complex():
+        raise DNALError(f"{at}: the loss is complex: make a real number of it, loss.abs()")
     if not loss.requires_grad:
         raise DNALError(
             f"{at}: the loss has no gradient: it was detached, or computed under torch.no_grad() or of integers; give "
@@ -49,5 +50,3 @@ def told_of_backward() -> Iterator[None]:
         raise DNALError(
             "step(loss) makes the backward pass itself: leave out loss.backward(), or make loss anew from this batch"
         ) from error
-
-

@@ -32,6 +32,8 @@ def _unreadable(path: Path, writer: str) -> str:
             begins = file.read(4)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
+    except ValueError:
+        return f"{str(path)!r} is no path"  # a zero byte is in it
     kinds = {b"PK\x03\x04": "it is a zip, as torch.save writes", b"": "it is empty"}
     kind = kinds.get(begins, "it is no safetensors file, or is damaged")
     return f"{path} cannot be read: {kind}; give a file of {writer}"
@@ -52,7 +54,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str, writer: str) -> tuple[
             if header.get("format") != kind:
                 raise DNALError(f"{path} was not written by {writer} (format {header.get('format')!r})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise DNALError(_unreadable(Path(path), writer)) from error
     check_sum(path, header)
     try:

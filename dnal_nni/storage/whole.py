@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,10 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         DNALError: the file cannot be written; what was at ``path`` is still there.
     """
     path = Path(path)
+    if not path.name or "\0" in path.name:
+        raise DNALError(f"{str(path)!r} is no name of a file")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DNALError(f"{path} cannot be written: it is a device or a pipe, which a file would replace")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
@@ -25,4 +30,5 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     except OSError as error:
         raise DNALError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made
+            temporary.unlink()

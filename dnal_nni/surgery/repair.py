@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..arguments import shown
 from ..channels.groups import ChannelGroup
-from ..errors import DNALError
-from ..modules.running import call, flatten_tensors, seeded
+from ..errors import DNALError, told
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
 from .slim import Keep
 
 ROWS = 20_000  # positions of all examples together that a layer is fitted to; every example has one at least
@@ -76,7 +77,8 @@ def repair(
     try:
         dense.eval()
         slim.eval()
-        with seeded(dense), _Recorder(dense, kept) as recorder:
+        rejected = told(f"repair(inputs): the model rejects {shown(inputs)}", FORWARD_ERRORS)
+        with seeded(dense), _Recorder(dense, kept) as recorder, rejected:
             call(dense, inputs)
         layers = dict(slim.named_modules())
         for path, outputs in recorder.outputs.items():

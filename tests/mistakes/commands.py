@@ -39,9 +39,20 @@ def written(name: str, text: str) -> Any:
 
 
 def folder(stage: Stage) -> None:
-    Path("photos/cat").mkdir(parents=True)
+    for kind in ("cat", "dog"):
+        Path(f"photos/{kind}").mkdir(parents=True)
+        for number in range(5):
+            Path(f"photos/{kind}/{number}.png").write_text("no image")
+
+
+def one_class(stage: Stage) -> None:
+    Path("photos/photos/cat").mkdir(parents=True)
     for number in range(5):
-        Path(f"photos/cat/{number}.png").write_text("no image")
+        Path(f"photos/photos/cat/{number}.png").write_text("no image")
+
+
+def weights(state: Any) -> Any:
+    return lambda stage: torch.save(state(stage.model.state_dict()), "weights.pt")
 
 
 def one_image(stage: Stage) -> None:
@@ -157,9 +168,33 @@ COMMANDS: Mistakes = {
         typed("compress mynets:net --data mydata:loader --out out --flops 0.5"),
         "mydata has no loader; did you mean loaders?",
     ),
+    "more workers than any machine has": (
+        typed("compress mynets:net --data photos --out out --flops 0.5 --workers 999999999"),
+        "--workers 999999999: give a whole number of at least 0, at most 1024",
+    ),
+    "a folder above the classes": (
+        typed("compress mynets:net --data photos --out out --flops 0.5", one_class),
+        "photos has one class only, photos: give the folder that has a folder for each class",
+    ),
+    "a later batch that is none": (
+        typed("compress mynets:net --data mydata:torn --out out --flops 0.5"),
+        "mydata:torn gives no batches (inputs, labels) of two tensors",
+    ),
+    "a class below 0": (
+        typed("compress mynets:net --data mydata:below_zero --out out --flops 0.5"),
+        "mydata:below_zero gives a class -1: classes are numbered from 0 on",
+    ),
+    "weights of a DataParallel": (
+        typed(f"{INSPECT} --weights weights.pt", weights(lambda state: {f"module.{k}": v for k, v in state.items()})),
+        "weights.pt does not fit the model: it has no ..., and the model has no module.",
+    ),
+    "weights with numbers for names": (
+        typed(f"{INSPECT} --weights weights.pt", weights(lambda state: dict(enumerate(state.values())))),
+        "weights.pt holds a dict: give a state dict",
+    ),
     "an unreadable image": (
         typed("compress mynets:net --data photos --out out --flops 0.5 --input 1,3,8,8", folder),
-        "photos/cat/3.png cannot be read as an image: delete it, or give --skip-unreadable",
+        "photos/....png cannot be read as an image: delete it, or give --skip-unreadable",
     ),
     "a single image": (
         typed("compress mynets:net --data photos --out out --flops 0.5", one_image),

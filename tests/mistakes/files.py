@@ -82,7 +82,26 @@ def taken_up(**settings: Any) -> Any:
     return lambda path, stage: stage.prune(**settings).load_checkpoint(path)
 
 
+def saved_to(path: str) -> Any:
+    return lambda stage: save_compressed(stage.cut(), path)
+
+
+def below_a_file(path: Path, stage: Stage) -> None:
+    path.touch()
+    save_compressed(stage.cut(), path / "slim.safetensors")
+
+
 FILES: Mistakes = {
+    "load: a path with a zero byte": (lambda s: load_compressed(s.model, "a\0b"), "'a\\x00b' is no path"),
+    "save: below a file": (
+        lambda s: below_a_file(Path("file.safetensors"), s),
+        "file.safetensors/slim.safetensors cannot be written: Not a directory",
+    ),
+    "save: no name": (saved_to(""), "'.' is no name of a file"),
+    "save: a device": (
+        saved_to("/dev/null"),
+        "/dev/null cannot be written: it is a device or a pipe, which a file would replace",
+    ),
     "load: no file": (
         lambda s: load_compressed(s.model, "nothing.safetensors"),
         "nothing.safetensors cannot be read: No such file or directory",

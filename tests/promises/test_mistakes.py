@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from mistakes import Mistakes, Stage, building, commands, files, searching, snapshot
+from mistakes import Mistakes, Stage, commands, compressing, cutting, files, models, searching, settings, snapshot
 
 from dnal_nni import DNALError
 
 TABLES: list[Mistakes] = [
-    *(building.MODELS, building.INPUTS, building.BUDGETS, building.SETTINGS, building.LISTS),
-    *(searching.SEARCHES, searching.CUTS, files.FILES, files.REPORTS, commands.COMMANDS),
+    *(models.MODELS, models.INPUTS, settings.BUDGETS, settings.SETTINGS, settings.LISTS),
+    *(searching.SEARCHES, cutting.CUTS, compressing.CALLS, files.FILES, files.REPORTS, commands.COMMANDS),
 ]
 MISTAKES = [(name, *mistake) for table in TABLES for name, mistake in table.items()]
 
