@@ -140,11 +140,10 @@ class Compression:
         file_report(fitted, report)
         return fitted
 
-    @torch.no_grad()
     def _mean_loss(self, model: nn.Module, batches: Sequence[Any]) -> float:
         """In eval mode, in which the model is left."""
         model.eval()
-        return sum(float(self.loss(model, batch)) for batch in batches) / len(batches)
+        return sum(float(self.loss(model, batch).detach()) for batch in batches) / len(batches)
 
     def finetune(self, slim: nn.Module, report: Report, state: Mapping[str, Any]) -> None:
         """Fine-tune in place from the epoch of ``state`` on, and write into the report what came of it.
