@@ -82,6 +82,11 @@ def taken_up(**settings: Any) -> Any:
     return lambda path, stage: stage.prune(**settings).load_checkpoint(path)
 
 
+def of_an_open_file(path: Path, stage: Stage) -> None:
+    with path.open("rb") as file:
+        load_compressed(stage.model, file)
+
+
 def saved_to(path: str) -> Any:
     return lambda stage: save_compressed(stage.cut(), path)
 
@@ -200,7 +205,7 @@ FILES: Mistakes = {
         "load_compressed(path=...) is 3: give a string or a path",
     ),
     "load: an open file": (
-        of_file(saved, lambda path, s: load_compressed(s.model, path.open("rb"))),
+        of_file(saved, of_an_open_file),
         "load_compressed(path=...) is a BufferedReader: give a string or a path",
     ),
     "save: swapped": (
