@@ -282,6 +282,21 @@ def test_a_map_that_fails_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPa
         groups_of(model, IMAGE, GRAPH)
 
 
+def test_a_map_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a routing layer whose output is flattened to millions of weights (CondConv), it takes hours."""
+
+    def runs(self: object, idxs: list[object]) -> None:
+        while True:
+            time.sleep(0)
+
+    model = Branches()
+    graph = built(model)
+    monkeypatch.setattr("torch_pruning.dependency.index_mapping._ConcatIndexMapping.__call__", runs)
+    monkeypatch.setattr(dependency, "SECONDS", 1.0)
+    with pytest.raises(DNALError, match="graph is not read within 1 seconds: leave graph= out"):
+        groups_of(model, IMAGE, graph)
+
+
 def test_the_model_stays_as_it_was_and_frozen_weights_are_no_obstacle() -> None:
     model = Function(torch.sigmoid).requires_grad_(False).train()
     model.b.eval()
