@@ -37,7 +37,7 @@ from .surgery.slim import Keep, slim_copy
 from .surgery.verify import verify_and_freeze
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """The channel groups of a model, what limits each of them, what they cost, and what a search is held to.
 
@@ -131,6 +131,10 @@ class Plan:
         if timed:
             cost.load_latency_state(from_first(lambda: _calibrated(plan, model)))
         return dataclasses.replace(plan, seconds=time.perf_counter() - start)
+
+    def __repr__(self) -> str:
+        size = self.budget or ("ratios" if self.objective is not None else "no size asked for")
+        return f"<Plan: {len(self.active)} of {len(self.groups)} channel groups can be cut; {size}>"
 
     @property
     def active(self) -> list[ChannelGroup]:

@@ -85,7 +85,7 @@ class Part:
     width: int
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class ChannelGroup:
     """Channels of several layers that can only be removed together.
 
@@ -118,6 +118,11 @@ class ChannelGroup:
     most: int | None = None
     parts: tuple[Part, ...] = ()
     source: str = ""
+
+    def __repr__(self) -> str:
+        layers = len({member.path for member in self.members})
+        what = f"{self.channels} {'candidates' if self.choice else 'units'} of {layers} layer{'s' * (layers > 1)}"
+        return f"<{self.name}: {what}, {f'left whole: {self.frozen}' if self.frozen else f'gate: {self.site}'}>"
 
     @property
     def choice(self) -> bool:

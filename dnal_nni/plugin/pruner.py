@@ -175,6 +175,10 @@ class DNALPruner(_OwnSchedule):
         pruner: DNALPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
         return pruner
 
+    def __repr__(self) -> str:
+        found = "no dummy_input yet" if self._session is None else str(self._session.plan).strip("<>")
+        return f"<DNALPruner of a {type(self.bound_model).__name__}; {found}>"
+
     @property
     def session(self) -> Session:
         """Gates, search and cut of the model, which need no NNI: what this pruner hands on to."""

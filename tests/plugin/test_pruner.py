@@ -363,3 +363,15 @@ def test_types_that_the_model_lacks_matter_only_if_nothing_is_left() -> None:
     assert list(DNALPruner(Detector(), config, dummy_input=x, outputs="predictions").gates) == ["stem.0", "body.0"]
     with pytest.raises(DNALError, match=r"config_list\[0\]: the model has no layer of type 'Linear' or 'Conv1d'"):
         DNALPruner(Detector(), [{"op_types": ["Linear", "Conv1d"]}], dummy_input=x)
+
+
+def test_what_a_person_reads_of_a_pruner_and_its_groups(small: nn.Module, x: Tensor) -> None:
+    pruner = DNALPruner(small, CONV, dummy_input=x, budget=Budget(flops=0.5))
+    active = len(pruner.plan.active)
+    plan = f"Plan: {active} of {len(pruner.groups)} channel groups can be cut; Budget(flops=0.5)"
+    assert repr(pruner) == f"<DNALPruner of a Small; {plan}>" and repr(pruner.plan) == f"<{plan}>"
+    first, whole = pruner.plan.active[0], next(g for g in pruner.groups if g.frozen)
+    assert repr(first).startswith(f"<{first.name}: {first.channels} units of ") and "gate: " in repr(first)
+    assert repr(whole).endswith(f"left whole: {whole.frozen}>")
+    pruner.unwrap_model()
+    assert "no dummy_input yet" in repr(DNALPruner(small, CONV))
