@@ -29,13 +29,8 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.seconds, self._end = seconds, time.monotonic() + seconds
 
-    def check(self, what: str) -> None:
-        """Raise once it is over; ``what`` has not been done then."""
-        if time.monotonic() > self._end:
-            raise DNALError(f"{what} within {self.seconds:g} seconds: {REMEDY}, or pass a smaller dummy_input")
-
     def run(self, compute: Callable[[], T], what: str) -> T:
-        """What ``compute`` returns or raises; :meth:`check` where that takes too long.
+        """What ``compute`` returns or raises; a DNALError where that takes too long: ``what`` has not been done then.
 
         It runs in a thread, where settings that are a thread's own, such as gradients, are the defaults. Where it is
         late, it is stopped at its next line of Python.
@@ -57,7 +52,8 @@ class Deadline:
             if thread.is_alive():
                 late = ctypes.c_ulong(thread.ident or 0)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(late, ctypes.py_object(_Stopped))
-        self.check(what)
+        if time.monotonic() > self._end:
+            raise DNALError(f"{what} within {self.seconds:g} seconds: {REMEDY}, or pass a smaller dummy_input")
         if failed:
             raise failed[0]
         return done[0]

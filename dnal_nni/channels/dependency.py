@@ -73,7 +73,7 @@ class Dependencies:
         self.ends: dict[str, dict[Side, Vertex]] = {}
         for source in graphs:
             self._register(source)
-            deadline.run(Walk(self, source, model, deadline).run, "torch-pruning's graph is not read")
+            deadline.run(Walk(self, source, model).run, "torch-pruning's graph is not read")
         self._finish()
 
     def _register(self, graph: DependencyGraph) -> None:

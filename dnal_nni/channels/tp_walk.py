@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DNALError
 from ..modules.layers import Layer, layer_of
-from .deadline import REMEDY, Deadline
+from .deadline import REMEDY
 from .graph import Vertex
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Walk:
     has, these were positions (a transpose is no operation to torch-pruning): the walk is done anew without that edge.
     """
 
-    def __init__(self, into: Dependencies, graph: DependencyGraph, model: nn.Module, deadline: Deadline) -> None:
-        self.into, self.source, self.deadline = into, graph, deadline
+    def __init__(self, into: Dependencies, graph: DependencyGraph, model: nn.Module) -> None:
+        self.into, self.source = into, graph
         self.paths: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self.tensors = {id(p): name for name, p in model.named_parameters()}
         self.ports: dict[tuple[int, Any], Vertex | None] = {}  # None: a channel there is one too many
@@ -85,7 +85,6 @@ class Walk:
         found = []
         while self.queue:
             step = self.queue.popleft()
-            self.deadline.check("torch-pruning's graph is not read")
             for dependency in step.node.dependencies:
                 joined = frozenset((id(step.node), id(dependency.target))) not in self.apart
                 if joined and dependency.is_triggered_by(step.function):
