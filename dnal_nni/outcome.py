@@ -159,9 +159,6 @@ def _missed(plan: Plan, after: Complexity) -> list[str]:
     cost = plan.objective.measured(after)
     if abs(cost / float(plan.objective.targets[0]) - 1) <= 0.01:
         return []
-    if all(group.choice for group in plan.active) and cost < float(plan.objective.targets[0]):
-        times = f"{cost / float(plan.objective.targets[0]):.3g} times the budget"
-        return [f"the cut costs {times}: candidates alone are coarse; with widths it is met"]
     return [f"the cut costs {plan.distance(cost)}: no structure was found nearer"]
 
 

@@ -199,8 +199,8 @@ class Plan:
         times = f"{cost / float(self.objective.targets[0]):.3g} times the budget"
         if (multiple := self.channel_multiple) > 1:
             return f"{times}, since channels go by multiples of {multiple} (channel_multiple=1 comes nearer)"
-        if any(group.choice for group in self.active):
-            return f"{times}, since it goes by whole candidates"
+        if all(group.choice for group in self.active):
+            return f"{times}, since candidates alone are coarse (with widths it is met)"
         return f"{times}, since the layers that may be cut have so few channels"
 
     def resumed(self, latencies: Mapping[str, Any] | None, multiple: int) -> Plan:

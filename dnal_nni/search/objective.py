@@ -171,6 +171,7 @@ class Objective:
                 f"{self.budget} cannot be reached: with {left} in each of the {len(self.sizes)} channel groups that "
                 f"may be cut, {self._as_asked(least)} remains; raise it or exclude fewer layers"
             )
+        # all of it may cost less than the dense network: a cut leaves no weight standardised
         if float(self.relative(most)[0]) < 0.99 * target and not bool(most.all()):
             limit, remedy = "min_sparse_ratio", "min_sparse_ratio"
             if not bool(self._may.all()):
