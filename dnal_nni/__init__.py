@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .plugin.masks import speedup as speedup
     from .plugin.pruner import DNALPruner as DNALPruner
     from .plugin.strategies.dnal import DNALStrategy as DNALStrategy
+    from .plugin.strategies.prime import PrimeStrategy as PrimeStrategy
+    from .search.informed import Informed as Informed
     from .storage.compressed import load_compressed as load_compressed
     from .storage.compressed import save_compressed as save_compressed
 
@@ -32,6 +34,8 @@ _HOME = {
     "DNALError": "errors",
     "DNALPruner": "plugin.pruner",
     "DNALStrategy": "plugin.strategies.dnal",
+    "Informed": "search.informed",
+    "PrimeStrategy": "plugin.strategies.prime",
     "compress": "compression",
     "load_compressed": "storage.compressed",
     "measure": "cost.count",
@@ -42,7 +46,7 @@ _HOME = {
     "save_compressed": "storage.compressed",
     "speedup": "plugin.masks",
 }
-__all__ = [name for name in _HOME if name != "DNALStrategy"]  # for which pytorch_lightning must be installed
+__all__ = [name for name in _HOME if not name.endswith("Strategy")]  # for these pytorch_lightning must be installed
 
 install()
 

@@ -16,6 +16,7 @@ from .modules.layers import mixing
 from .plan import Method, Plan
 from .report.interventions import Interventions
 from .report.record import GroupReport, Report, versions
+from .search.learner import Decides
 from .search.loop import Search
 from .search.ranks import from_first
 from .search.settings import NOT_SELECTED, VALUES
@@ -133,7 +134,7 @@ def interventions(plan: Plan, model: nn.Module, search: Search | None, chosen: b
     if len(plan.tried) == 1:  # else nobody asked for it
         given["channel_multiple"] = plan.channel_multiple
     return made.with_arguments(
-        given, {**dict.fromkeys(VALUES, []), **Method().settings(), "channel_multiple": 1}
+        given, {**dict.fromkeys(VALUES, []), **type(method)().settings(), "channel_multiple": 1}
     )
 
 
@@ -144,7 +145,7 @@ def _some(counts: dict[str, int]) -> dict[str, int]:
 def sizeless(plan: Plan, search: Search | None) -> list[str]:
     """A sentence where a search decides about the size, since nobody else does."""
     asked = plan.objective is not None or any(setting.sparse_threshold is not None for setting in plan.settings)
-    if asked or search is None:
+    if asked or search is None or isinstance(search.scores, Decides):
         return []
     return [
         f"no size was asked for, neither by a budget nor by a sparse_ratio: lambda_={search.scores.lambda_:g} alone "

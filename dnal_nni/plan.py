@@ -24,7 +24,7 @@ from .progress import logger, phase
 from .search.close import exact_cut
 from .search.criteria import Criterion, check_criterion, criterion_scores, relative
 from .search.importance import importance
-from .search.loop import ArchOptimizer
+from .search.learner import ArchOptimizer
 from .search.multiples import Held, first_that_fits, multiples
 from .search.objective import Limits, Objective
 from .search.paper import PAPER_LR, PaperScores

@@ -29,9 +29,10 @@ from .progress import logger, phase
 from .report.record import Report
 from .search.close import cut, threshold_cut
 from .search.criteria import Criterion, Loss, criterion_scores
+from .search.informed import Informed
+from .search.learner import Decides
 from .search.loop import Search, check_over
 from .search.paper import PAPER_THRESHOLD
-from .search.paths import PathScores, search_of
 from .search.ranks import from_first, is_first
 from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
@@ -99,6 +100,7 @@ class Session:
         optimizer: torch.optim.Optimizer | None = None,
         weights_learn: bool | None = None,
         progress: bool = True,
+        when: Informed | None = None,
     ) -> Search:
         """A search inside of a training loop: a context manager, with a ``step(loss)`` to be called once per batch.
 
@@ -107,6 +109,7 @@ class Session:
             optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
             weights_learn: whether they do, where somebody else steps their optimizer.
             progress: show a progress bar.
+            when: the steps in which the gates learn too, where weights do: ``Informed(10)``; None: all.
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             said = shown(steps)
@@ -119,14 +122,12 @@ class Session:
         self.attach()
         if self.last is not None:
             self.last.pace.restore()
-        search = search_of(
-            self.model,
-            self.gates.values(),
-            self.method.scores(self.model, self.plan, steps),
-            optimizer=optimizer,
-            weights_learn=optimizer is not None if weights_learn is None else weights_learn,
-            progress=progress,
-        )
+        scores = self.method.scores(self.model, self.plan, steps)
+        learn = optimizer is not None if weights_learn is None else weights_learn
+        search = scores.kind(
+            self.model, self.gates.values(), scores,
+            optimizer=optimizer, weights_learn=learn, progress=progress, when=when,
+        )  # fmt: skip
         for note in sizeless(self.plan, search):
             logger.warning(note)
         if self.last is not None:
@@ -386,7 +387,7 @@ def _check_state(session: Session, state: Mapping[str, Any]) -> None:
 def _learned(session: Session, search: Search) -> dict[str, Tensor]:
     """What a search decided, cut to the budget; fvcore has the last word on what that costs."""
     plan, scores, gates = session.plan, search.scores, session.gates.values()
-    if isinstance(scores, PathScores):
+    if isinstance(scores, Decides):
         return plan.by_group(scores.chosen())
     s = torch.cat([gate.s.detach() for gate in gates]).double().cpu()
     if plan.objective is None:

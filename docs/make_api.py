@@ -72,7 +72,8 @@ def described(name: str, thing: Any) -> list[str]:
 
 def page() -> str:
     parts = [HEAD]
-    for name in sorted([*dnal_nni.__all__, "DNALStrategy"]):  # which needs pytorch_lightning
+    strategies = [name for name in dir(dnal_nni) if name.endswith("Strategy")]  # which need pytorch_lightning
+    for name in sorted([*dnal_nni.__all__, *strategies]):
         parts += described(name, getattr(dnal_nni, name))
     for thing in HANDED_OUT:
         parts += described(thing.__name__, thing)

@@ -32,10 +32,12 @@ class Choice(nn.Module, abc.ABC):
     Attributes:
         least: units that must stay.
         most: units that may stay; None: all.
+        resting: units whose weight is 0 in a search, and that need not run there.
     """
 
     least = 1
     most: int | None = None
+    resting: frozenset[int] = frozenset()
 
     def __init__(self, label: str) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class Choice(nn.Module, abc.ABC):
     def detach(self) -> None:
         """Take the gate off."""
         self._modules.pop(_GATE, None)
+        self.resting = frozenset()
 
     def weights(self) -> list[Weight]:
         """The factor of every unit: 0-d tensors in a search, else 0.0 or 1.0."""
@@ -70,7 +73,9 @@ class Choice(nn.Module, abc.ABC):
         if g is None:
             return [1.0] * len(self.units)
         assert isinstance(factor, ChannelFactor)
-        return list(g.unbind()) if factor.gates[0].state is GateState.SOFT else g.double().tolist()
+        if factor.gates[0].state is GateState.SOFT:
+            return [0.0 if i in self.resting else weight for i, weight in enumerate(g.unbind())]
+        return g.double().tolist()
 
     def _sum(self, terms: Sequence[tuple[Weight, Callable[[Weight], Any]]]) -> Tensor:
         """The sum of what the open terms return, each called with its weight."""

@@ -25,6 +25,7 @@ from ..modules.running import Example, Key
 from ..plan import Method, Plan, check_limits
 from ..report.record import Report
 from ..search.criteria import Criterion, Loss
+from ..search.informed import Informed
 from ..search.loop import Search
 from ..session import Session
 from ..surgery.inject import check_ungated, is_gated
@@ -228,18 +229,19 @@ class DNALPruner(_OwnSchedule):
     # -- searching ----------------------------------------------------------------------------------------------------
 
     @checked_but("steps")
-    def search(self, steps: int, *, optimizer: torch.optim.Optimizer | None = None, progress: bool = True) -> Search:
+    def search(self, steps: int, *, optimizer: torch.optim.Optimizer | None = None, progress: bool = True,
+               when: Informed | None = None) -> Search:  # fmt: skip
         """A search inside of your own training loop; call ``step(loss)`` on what it yields, once per batch.
 
         Args:
             steps: how many batches you are going to give it.
             optimizer: of the model's weights. If given, weights learn in the same steps; otherwise they are frozen.
             progress: show a progress bar.
+            when: the steps in which the gates learn too, where weights do: ``Informed(10)``; None: all.
         """
-        session = self.session
-        if not self._is_wrapped:
+        if (session := self.session) and not self._is_wrapped:
             raise DNALError("the gates were taken off with unwrap_model(): call wrap_model() ahead of a search")
-        return session.search(steps, optimizer=optimizer, progress=progress)
+        return session.search(steps, optimizer=optimizer, progress=progress, when=when)
 
     # -- NNI's contract -----------------------------------------------------------------------------------------------
 
@@ -257,8 +259,7 @@ class DNALPruner(_OwnSchedule):
         Returns:
             the model with its gates fixed to 0/1, and NNI masks.
         """
-        model, masks = super().compress(max_steps, max_epochs)
-        return model, masks
+        return super().compress(max_steps, max_epochs)
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if self.evaluator is None:

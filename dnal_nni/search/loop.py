@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,60 +15,15 @@ from ..arguments import checked_but
 from ..errors import DNALError
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..progress import logger
-from .leaves import Leaves, factors_of
+from .informed import Informed, only_if_due, rest_of, state_of, take_up
+from .learner import ArchOptimizer
+from .leaves import factors_of
 from .losses import check_loss, told_of_backward
 from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
 from .statistics import Pace
 
 BINS = 20  # of the gates' histogram in the history
 PATIENCE = 3  # steps after which a search that no gradient reaches is an error
-
-
-class ArchOptimizer(Protocol):
-    """What the gates are at each step of a search, and what they learn from a gradient.
-
-    :class:`~dnal_nni.search.scores.Scores` under a budget or ratios, :class:`~dnal_nni.search.paper.PaperScores` in the
-    paper's search. Units are those of all gates, one gate after the other.
-
-    Attributes:
-        leaves: where gradients are read, and thus what :meth:`update` gets.
-        steps: planned number.
-        moving: the number of steps after which :meth:`settle` is due.
-        floor: units of each group that a cut leaves at least, ``[groups]``.
-        value: what has been learned, float64 ``[units]``.
-        lambda_: weight of the penalty on the loss.
-    """
-
-    leaves: ClassVar[type[Leaves]]
-    steps: int
-    moving: int
-    floor: Sequence[int]
-    value: Tensor
-    lambda_: float
-
-    def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
-        """``s`` ``[units]`` and ``delta`` (0-d) of a step (a number, or int64 ``[1]`` on the device)."""
-
-    def penalised(self, loss: Tensor, s: Sequence[Tensor]) -> Tensor:
-        """The loss (0-d) with what the gates ``s`` are charged for."""
-
-    def update(self, grad: Tensor, g: Tensor, step: int | Tensor) -> None:
-        """Learn from the gradient on the leaves at the gates ``g``, both ``[units]``."""
-
-    def settle(self) -> None:
-        """Fix the structure: from now on it is the one that is cut."""
-
-    def cost(self, g: Tensor) -> Tensor:
-        """For the history: the cost (0-d) at gates ``g``, ``[units]``, as a fraction of the dense one."""
-
-    def rank(self, s: Tensor) -> Tensor:
-        """What orders the units in a cut, ``[units]``; ``s`` is what the gates have."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors themselves that a search needs to go on."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave."""
 
 
 class Search:
@@ -81,6 +36,7 @@ class Search:
         optimizer: of the model's weights, which :meth:`step` steps too where they learn.
         weights_learn: whether the weights learn in the same steps; otherwise they are frozen.
         progress: show a progress bar.
+        when: the steps in which gates learn too; None: all.
 
     Attributes:
         steps: planned number of calls of :meth:`step`.
@@ -100,7 +56,9 @@ class Search:
         optimizer: torch.optim.Optimizer | None,
         weights_learn: bool,
         progress: bool,
+        when: Informed | None = None,
     ) -> None:
+        self.rest = rest_of(when, scores, weights_learn)
         self.model, self.gates, self.scores, self.steps = model, list(gates), scores, scores.steps
         self.optimizer, self.weights_learn, self.progress = optimizer, weights_learn, progress
         self.pace = Pace(model, self.steps)
@@ -108,8 +66,7 @@ class Search:
         self.history: list[dict[str, Any]] = []
         self.seconds: float | None = None
         self.running = False
-        self._said = False  # that it is over
-        self._reached = False  # whether a gradient has come to a gate
+        self._said = self._reached = False  # that it is over; whether a gradient has come to a gate
         self._loss: Tensor | None = None
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=scores.value.device)
         self._trainable: list[nn.Parameter] = []
@@ -251,7 +208,8 @@ class Search:
             f"the search ended after {self.done} of the {self.steps} steps that it was planned for: the widths are "
             "those of an unfinished search"
         )
-        return [*filter(None, [self.pace.note]), *([early] if self.done < self.steps else [])]
+        rest = [] if self.rest is None else [self.rest.note(self.done)]
+        return [*filter(None, [self.pace.note]), *([early] if self.done < self.steps else []), *rest]
 
     def penalised(self, loss: Tensor) -> Tensor:
         """The loss of the coming step: with the regulariser of the paper's search; an error if NaN.
@@ -301,15 +259,9 @@ class Search:
         self.bar.update()
         if self._reports(self.done):
             cost = float(self.scores.cost(self.g))
-            self.history.append(
-                {
-                    "step": self.done,
-                    "delta": float(self.gates[0].delta),
-                    "cost": cost,
-                    "loss": None if self._loss is None else float(self._loss),
-                    "gates": torch.histc(self.g, BINS, 0, 1).long().tolist(),
-                }
-            )
+            loss = None if self._loss is None else float(self._loss)
+            entry = {"step": self.done, "delta": float(self.gates[0].delta), "cost": cost, "loss": loss}
+            self.history.append({**entry, "gates": torch.histc(self.g, BINS, 0, 1).long().tolist()})
             self.bar.set_postfix(cost=f"{cost:.3f}", delta=f"{float(self.gates[0].delta):.0f}")
 
     def _reports(self, step: int) -> bool:
@@ -323,8 +275,9 @@ class Search:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step of the gates, from the gradients that the backward pass left."""
-        self.scores.update(self.leaves.gradient(), self.g, self.done)
+        """One step of the gates, from the gradients that the backward pass left, if it is due."""
+        with only_if_due(self.rest, self.scores, self._trainable):
+            self.scores.update(self.leaves.gradient(), self.g, self.done)
 
     @torch.no_grad()
     def _set_gates(self) -> None:
@@ -353,11 +306,11 @@ class Search:
         if self.score.is_cuda:
             random["cuda"] = torch.cuda.get_rng_state(self.score.device)
         return {
-            "done": self.done,
-            "steps": self.steps,
+            "done": self.done, "steps": self.steps,
             "history": list(self.history),
             "saved": self.saved,
             "random": random,
+            "rest": state_of(self.rest),
             **tensors,
         }
 
@@ -365,6 +318,7 @@ class Search:
         """Take up a search of the same number of steps; its random state is put back when the search is entered."""
         if state["steps"] != self.steps:
             raise DNALError(f"search(steps={self.steps}): the search to be resumed was planned for {state['steps']}")
+        take_up(self.rest, state.get("rest"))
         self.scores.load_state_dict(state)
         self.done, self.history = int(state["done"]), list(state["history"])
         if self.settled:

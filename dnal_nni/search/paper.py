@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .leaves import Leaves
+from .loop import Search
 from .schedule import at, delta_paper
 
 PAPER_LR, PAPER_MOMENTUM, PAPER_THRESHOLD = 0.01, 0.9, 0.9
@@ -32,6 +33,7 @@ class PaperScores:
         momentum: of SGD, float64 ``[units]``.
     """
 
+    kind: ClassVar[type[Search]] = Search
     leaves: ClassVar[type[Leaves]] = Leaves
 
     def __init__(
@@ -61,6 +63,10 @@ class PaperScores:
         """One step of SGD from ``grad``, dL/ds of the penalised loss, ``[units]``."""
         self.momentum.mul_(PAPER_MOMENTUM).add_(grad)
         self.value.sub_(self.momentum, alpha=self.lr)
+
+    def slower(self, share: float) -> None:
+        """A rate that is higher, as many times as steps are rarer."""
+        self.lr /= share
 
     def settle(self) -> None:
         """Nothing: gates move to the end."""

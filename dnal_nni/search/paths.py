@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Complexity
+from ..errors import DNALError
 from ..modules.gates import ScaledSigmoidGate
 from .close import CHUNK, CORRECTIONS, TOLERANCE
+from .learner import ArchOptimizer
 from .leaves import Leaves
-from .loop import ArchOptimizer, Search
+from .loop import Search
 from .objective import Objective
 from .schedule import DELTA_END
 from .scores import SETTLED
@@ -182,6 +184,47 @@ class PathLeaves(Leaves):
             gate.harden(part > 0.5)
 
 
+class PathSearch(Search):
+    """A search of candidates alone: every step runs the batch through several paths, one after the other.
+
+    ``losses = [loss(model(x)) for _ in search.paths()]``, then :meth:`step` with :meth:`of_step` of them.
+
+    Attributes:
+        compared: what the paths tell.
+    """
+
+    def __init__(self, model: nn.Module, gates: Iterable[ScaledSigmoidGate], scores: ArchOptimizer, **kw: Any) -> None:
+        super().__init__(model, gates, scores, **kw)
+        assert isinstance(scores, PathScores)
+        self.compared = scores
+        self._paths: Tensor | None = None
+        self._losses: list[Tensor] = []
+
+    def paths(self) -> Iterator[None]:
+        """Let the gates show each path of the coming step in turn."""
+        self._paths = self.compared.deal()
+        for path in self._paths:
+            self.compared.path = path
+            self._set_gates()
+            yield
+
+    def of_step(self, losses: Sequence[Tensor]) -> Tensor:
+        """The loss of a step: the mean of its paths' losses (0-d each), which are what the gates learn from."""
+        self._losses = [loss.detach() for loss in losses]
+        return torch.stack(list(losses)).mean()
+
+    def before_optimizer_step(self) -> None:
+        if self.compared.warmup <= self.done < self.compared.moving and self._paths is not None:
+            losses = torch.stack(self._losses).cpu()
+            if bool(torch.isfinite(losses).all()):  # a GradScaler skips such steps
+                self.compared.learn(self._paths, losses)
+
+    def stop(self, error: BaseException | None = None) -> None:
+        super().stop(error)
+        if error is None and self.done:
+            self.leaves.show(self.compared.chosen().double())
+
+
 class PathScores:
     """What every candidate gains, and the paths that tell it.
 
@@ -197,6 +240,7 @@ class PathScores:
         paths: how many a step runs, so that each candidate runs in one of them at least.
     """
 
+    kind: ClassVar[type[Search]] = PathSearch
     leaves: ClassVar[type[Leaves]] = PathLeaves
     lambda_ = 0.0
 
@@ -259,6 +303,10 @@ class PathScores:
             self.settle()
         return self.path
 
+    def slower(self, share: float) -> None:
+        """No: every step has losses to compare."""
+        raise DNALError("search(when=): candidates alone learn from the losses of paths, in every step; leave it out")
+
     def penalised(self, loss: Tensor, s: Sequence[Tensor]) -> Tensor:
         """``loss`` as it is."""
         return loss
@@ -282,50 +330,3 @@ class PathScores:
         """Take up what :meth:`state_dict` gave."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
-
-
-class PathSearch(Search):
-    """A search of candidates alone: every step runs the batch through several paths, one after the other.
-
-    ``losses = [loss(model(x)) for _ in search.paths()]``, then :meth:`step` with :meth:`of_step` of them.
-
-    Attributes:
-        compared: what the paths tell.
-    """
-
-    def __init__(self, model: nn.Module, gates: Iterable[ScaledSigmoidGate], scores: ArchOptimizer, **kw: Any) -> None:
-        super().__init__(model, gates, scores, **kw)
-        assert isinstance(scores, PathScores)
-        self.compared = scores
-        self._paths: Tensor | None = None
-        self._losses: list[Tensor] = []
-
-    def paths(self) -> Iterator[None]:
-        """Let the gates show each path of the coming step in turn."""
-        self._paths = self.compared.deal()
-        for path in self._paths:
-            self.compared.path = path
-            self._set_gates()
-            yield
-
-    def of_step(self, losses: Sequence[Tensor]) -> Tensor:
-        """The loss of a step: the mean of its paths' losses (0-d each), which are what the gates learn from."""
-        self._losses = [loss.detach() for loss in losses]
-        return torch.stack(list(losses)).mean()
-
-    def before_optimizer_step(self) -> None:
-        if self.compared.warmup <= self.done < self.compared.moving and self._paths is not None:
-            losses = torch.stack(self._losses).cpu()
-            if bool(torch.isfinite(losses).all()):  # a GradScaler skips such steps
-                self.compared.learn(self._paths, losses)
-
-    def stop(self, error: BaseException | None = None) -> None:
-        super().stop(error)
-        if error is None and self.done:
-            self.leaves.show(self.compared.chosen().double())
-
-
-def search_of(model: nn.Module, gates: Iterable[ScaledSigmoidGate], scores: ArchOptimizer, **settings: Any) -> Search:
-    """The search that goes with ``scores``; ``settings`` as of :class:`Search`."""
-    kind = PathSearch if isinstance(scores, PathScores) else Search
-    return kind(model, gates, scores, **settings)

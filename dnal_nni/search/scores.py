@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .close import exact_cut
 from .leaves import FactorLeaves, Leaves
+from .loop import Search
 from .objective import Objective, best_of_group, first_ranks, price
 from .ranks import broadcast_
 from .schedule import at, delta_per_step, ramp
@@ -53,6 +54,7 @@ class Scores:
         moving: the number of steps after which :meth:`settle` is due.
     """
 
+    kind: ClassVar[type[Search]] = Search
     leaves: ClassVar[type[Leaves]] = FactorLeaves
     lambda_ = 0.0  # what a search is held to is in the price, not in the loss
 
@@ -116,6 +118,10 @@ class Scores:
     def penalised(self, loss: Tensor, s: Sequence[Tensor]) -> Tensor:
         """``loss`` as it is: the price holds the gates to the objective."""
         return loss
+
+    def slower(self, share: float) -> None:
+        """Larger steps, as many times as they are rarer. Schedules stay on the clock of all steps."""
+        self.pace.div_(share)
 
     def settle(self) -> None:
         """Fix the structure: what would be cut now, to the channel. Waits for the device, once in a search."""

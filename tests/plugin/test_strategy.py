@@ -23,7 +23,7 @@ from supernet_space import DIGITS, Supernet
 from dnal_nni import Budget, DNALError, DNALStrategy, measure
 from dnal_nni.modules.choices import Choice, Mixture
 from dnal_nni.plugin.space import Space
-from dnal_nni.plugin.strategies.dnal import Searching
+from dnal_nni.plugin.strategies.searching import Searching
 
 pytestmark = QUIET
 
@@ -196,7 +196,7 @@ def test_trainers_that_cannot_be_searched_with(trainer: dict[str, Any], message:
 def test_data_without_images_asks_for_a_dummy_input() -> None:
     given = evaluator()
     given.train_dataloaders = [{"x": torch.zeros(1, 1, 8, 8)}]
-    with pytest.raises(DNALError, match=r"the training data start with a dict: pass DNALStrategy\(dummy_input=x\)"):
+    with pytest.raises(DNALError, match=r"the training data start with a dict: pass dummy_input=x to the strategy"):
         DNALStrategy(Budget(flops=0.5))(Toy(), given)
 
 
@@ -283,7 +283,7 @@ def test_a_step_of_candidates_alone_costs_as_many_paths_as_there_are_candidates(
 
 
 def test_errors_of_candidates_alone() -> None:
-    with pytest.raises(DNALError, match="widths=False, and the model space has choices of a width: 'hidden'; fix"):
+    with pytest.raises(DNALError, match="has choices of a width: 'hidden'; fix their values, or search widths too"):
         DNALStrategy(Budget(flops=0.5), widths=False)(Toy(), evaluator())
     with pytest.raises(DNALError, match="widths=0: must be True or False"):
         DNALStrategy(Budget(flops=0.5), widths=0)

@@ -1,0 +1,195 @@
+"""Callbacks of Lightning that make a training of it a search; everything else of the training stays."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from ...errors import DNALError
+from ...search.informed import Informed
+from ...search.loop import Search
+from ...search.mixed import MixedSearch
+from ...search.paths import PathSearch
+from ..pruner import DNALPruner
+from .holdout import Holdout
+
+_logger = logging.getLogger(__name__)
+
+
+class Searching(pl.Callback):
+    """Weights and gates learn from the same batches.
+
+    Args:
+        pruner: of the supernet.
+        warmup: share of the steps in which only weights learn.
+        when: the steps in which gates learn too.
+
+    Attributes:
+        finished: whether gates were learned, and are fixed.
+    """
+
+    def __init__(self, pruner: DNALPruner, warmup: float = 0.0, when: Informed | None = None) -> None:
+        self.pruner, self.warmup, self.when = pruner, warmup, when
+        self.search: Search | None = None
+        self.finished = False
+        self._seen = 0
+
+    @contextlib.contextmanager
+    def around(self, module: pl.LightningModule) -> Iterator[None]:
+        """Let the training steps of ``module`` be :meth:`stepped`."""
+        own, step = vars(module).get("training_step"), module.training_step
+
+        @functools.wraps(step)
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            return self.stepped(step, *args, **kwargs)
+
+        module.training_step = stepped
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.training_step
+            else:
+                module.training_step = own
+
+    def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a training step does, and what else is due with it."""
+        return step(*args, **kwargs)
+
+    def nothing_searched(self) -> DNALError:
+        """The training ended ahead of the search."""
+        return DNALError(
+            f"the training ended within the warmup of {self.warmup:.0%} of its steps: nothing was searched; give "
+            "the strategy a smaller warmup, or train longer"
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise DNALError(
+                "the search has no known length: give the trainer max_epochs or max_steps, and data a length"
+            )
+        if trainer.world_size != 1:
+            raise DNALError(f"the trainer uses {trainer.world_size} devices: a search needs one, devices=1")
+        if len(trainer.optimizers) != 1:
+            raise DNALError(f"the evaluator has {len(trainer.optimizers)} optimizers: a search needs one")
+        self._first = int(self.warmup * steps)
+        self._steps = int(steps) - self._first
+        self._seen = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.search is None and not self.finished and trainer.global_step >= self._first:
+            session = self.pruner.session
+            self.search = session.search(self._steps, weights_learn=True, progress=False, when=self.when)
+            self.search.start()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self.search is not None:
+            self.search.penalised(loss)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if self.search is not None:
+            self.search.before_optimizer_step()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._seen = trainer.global_step > self._seen, trainer.global_step
+        if self.search is None or not stepped:  # gradients are accumulated
+            return
+        self.search.after_optimizer_step()
+        if self.search.done == self.search.scores.moving < self._steps:  # the structure stands: what is closed can rest
+            for group in self.pruner.groups:
+                if group.choice:
+                    gate = self.pruner.gates[group.name]
+                    gate.harden(gate.s > 0)
+        if self.search.history:
+            pl_module.log("cost", self.search.history[-1]["cost"], prog_bar=True)
+        if self.search.done == self._steps:
+            self._finish()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.search is not None and self.search.done:
+            _logger.warning(
+                "the training ended after %d of the %d steps that the search was planned for",
+                self.search.done, self._steps,
+            )  # fmt: skip
+            self._finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.search is not None:
+            self.search.stop(exception)
+            self.search = None
+
+    def _finish(self) -> None:
+        assert self.search is not None
+        self.search.stop()
+        self.search, self.finished = None, True
+        self.pruner.harden()
+
+
+class PathSearching(Searching):
+    """Every training step runs its batch through all paths of a step of the search; its own warmup is the search's."""
+
+    def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.search, PathSearch) or self.search.done >= self.search.steps:
+            return step(*args, **kwargs)
+        outputs = [step(*args, **kwargs) for _ in self.search.paths()]
+        losses = [loss_in(out, "candidates alone (widths=False) compares the losses of paths") for out in outputs]
+        loss = self.search.of_step(losses)
+        return outputs[-1] | {"loss": loss} if isinstance(outputs[-1], dict) else loss
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(self.search, PathSearch) and self.search.done <= self.search.compared.warmup:
+            self.warmup = self.search.compared.warmup / self._steps
+            raise self.nothing_searched()
+        super().on_train_end(trainer, pl_module)
+
+
+class HeldOutSearching(Searching):
+    """The architecture learns from batches of its own, ahead of the steps of the weights in which it is due.
+
+    Args:
+        pruner: of the supernet.
+        holdout: the data that the architecture learns from.
+        when: the steps in which it does; None: as the scores count them.
+    """
+
+    def __init__(self, pruner: DNALPruner, holdout: Holdout, when: Informed | None) -> None:
+        super().__init__(pruner, when=when)
+        self.holdout = holdout
+        self._learned = -1  # the last step that began, so that accumulated batches are one
+        self._trainer: pl.Trainer | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._trainer = trainer
+
+    def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        search = self.search
+        if isinstance(search, MixedSearch) and search.done != self._learned:
+            self._learned = search.done
+            if search.due:
+                assert self._trainer is not None
+                batch = self._trainer.strategy.batch_to_device(self.holdout.batch())
+                search.learn(lambda: loss_in(step(batch, *args[1:], **kwargs), "the architecture learns from it"))
+        return step(*args, **kwargs)
+
+
+def loss_in(output: Any, why: str) -> Tensor:
+    """The loss that a training step returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise DNALError(
+            f"training_step returns no loss: a search of {why}; return it, and leave the optimizer to Lightning"
+        )
+    return loss
