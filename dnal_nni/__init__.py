@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .cost.count import measure as measure
     from .errors import DNALError as DNALError
     from .modules.adapters import register_adapter as register_adapter
+    from .modules.cells import Topology as Topology
     from .modules.register import register_layer as register_layer
     from .outcome import report_of as report_of
     from .plugin.masks import speedup as speedup
     from .plugin.pruner import DNALPruner as DNALPruner
     from .plugin.strategies.dnal import DNALStrategy as DNALStrategy
     from .plugin.strategies.prime import PrimeStrategy as PrimeStrategy
+    from .plugin.strategies.topology import TopologyStrategy as TopologyStrategy
     from .search.informed import Informed as Informed
     from .storage.compressed import load_compressed as load_compressed
     from .storage.compressed import save_compressed as save_compressed
@@ -36,6 +38,8 @@ _HOME = {
     "DNALStrategy": "plugin.strategies.dnal",
     "Informed": "search.informed",
     "PrimeStrategy": "plugin.strategies.prime",
+    "Topology": "modules.cells",
+    "TopologyStrategy": "plugin.strategies.topology",
     "compress": "compression",
     "load_compressed": "storage.compressed",
     "measure": "cost.count",

@@ -21,7 +21,7 @@ _NOW = {
     "budget": ("budget", "search.objective"),
     "carry": ("surgery.optimizer",),
     "checkpoint": ("storage.compressed", "storage.reports"),
-    "choices": ("modules.choices",),
+    "choices": ("modules.choices", "modules.cells"),
     "cli": ("cli.main", "report.tables"),
     "compress": ("cli.run", "cli.settings", "storage.reports", "compression"),
     "cost": ("cost.count", "budget", "cost.model"),

@@ -99,7 +99,8 @@ class Choice(nn.Module, abc.ABC):
         return f"label={self.label!r}"
 
 
-def _times(out: Any, weight: Weight) -> Any:
+def times(out: Any, weight: Weight) -> Any:
+    """A tensor times its weight; an open candidate's, as it is."""
     return out * weight.to(out.dtype) if isinstance(weight, Tensor) and isinstance(out, Tensor) else out
 
 
@@ -151,7 +152,7 @@ class Mixture(Choice):
 
         # the weight is multiplied inside of the checkpoint: outside, the product would keep the candidate's output
         def weighted(weight: Weight, *inputs: Any) -> Any:
-            return _times(candidate(*inputs, **kwargs), weight)
+            return times(candidate(*inputs, **kwargs), weight)
 
         def run(weight: Weight) -> Any:
             if not (self.sequential and torch.is_grad_enabled()):
@@ -235,7 +236,7 @@ class Depth(Choice):
         total = outs[-1]
         for out, weight in zip(reversed(outs[:-1]), reversed(weights)):
             rest = 1.0 - weight
-            total = _times(total, weight) + (out * rest if isinstance(rest, float) else _times(out, rest))
+            total = times(total, weight) + (out * rest if isinstance(rest, float) else times(out, rest))
         return total
 
     def _run(self, x: Any, first: int, last: int) -> Any:
@@ -272,45 +273,13 @@ class Inputs(Choice):
         weights = self.weights()
 
         def term(x: Tensor) -> Callable[[Weight], Any]:
-            return lambda weight: _times(x, weight)
+            return lambda weight: times(x, weight)
 
         total = self._sum([(weight, term(tensors[i])) for i, weight in zip(self.kept, weights)])
         if self.reduction == "sum":
             return total
         share = sum(weights)
         return total / (share.to(total.dtype) if isinstance(share, Tensor) else share)
-
-
-class Cell(nn.Module):
-    """A cell as NNI's: every node sums candidates that read earlier nodes; the nodes are concatenated.
-
-    Args:
-        nodes: each reads the list of all tensors before it.
-        preprocessor: of the list of inputs.
-        postprocessor: of the concatenated nodes and that list.
-        concat_dim: dimension of the concat.
-    """
-
-    def __init__(
-        self,
-        nodes: Sequence[Mixture],
-        preprocessor: Callable[[list[Tensor]], list[Tensor]],
-        postprocessor: Callable[[Tensor, list[Tensor]], Any],
-        concat_dim: int = 1,
-    ) -> None:
-        super().__init__()
-        self.preprocessor = preprocessor
-        self.nodes = nn.ModuleList(nodes)
-        self.postprocessor = postprocessor
-        self.concat_dim = concat_dim
-
-    def forward(self, *inputs: Any) -> Any:
-        given = list(inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], (list, tuple)) else list(inputs)
-        states = list(self.preprocessor(given))
-        first = len(states)
-        for node in self.nodes:
-            states.append(node(states))
-        return self.postprocessor(torch.cat(states[first:], self.concat_dim), given)
 
 
 def choices_of(model: nn.Module) -> dict[str, Choice]:

@@ -27,7 +27,8 @@ from nni.nas.nn.pytorch.cell import create_cell_op_candidates
 from torch import nn
 
 from ..errors import DNALError
-from ..modules.choices import Cell, Choice, Depth, Inputs, Mixture
+from ..modules.cells import Cell, Node, Topology
+from ..modules.choices import Choice, Depth, Inputs, Mixture
 from ..modules.layers import Norm, layer_of
 
 
@@ -46,15 +47,16 @@ class Space:
     Args:
         space: NNI's model space; it is not changed.
         single_path: let as many candidates stay in the end as an architecture of NNI's has: one of a LayerChoice.
+        topology: let the nodes of cells decide about their inputs first, and about an operation on each.
 
     Attributes:
         supernet: a copy whose mutables are plain modules.
     """
 
-    def __init__(self, space: ModelSpace, single_path: bool = False) -> None:
+    def __init__(self, space: ModelSpace, single_path: bool = False, topology: Topology | None = None) -> None:
         if not isinstance(space, ModelSpace):
             raise DNALError(f"the model space is a {type(space).__name__}: pass an nni.nas.nn.pytorch.ModelSpace")
-        self.space, self.single_path = space, single_path
+        self.space, self.single_path, self.topology = space, single_path, topology
         self._decoders: dict[str, Callable[[Choice], dict[str, Any]]] = {}
         self._widths: list[tuple[str, str, Mutable]] = []  # layer, attribute, what it is an expression of
         self._known: set[str] = set()
@@ -189,7 +191,7 @@ class Space:
                 "architecture: use merge_op='all'"
             )
         per_node = module.num_ops_per_node
-        nodes = []
+        nodes: list[Mixture | Node] = []
         for i, index in enumerate(range(module.num_predecessors, module.num_predecessors + module.num_nodes)):
             candidates, sources = {}, {}
             for j in range(index):
@@ -197,16 +199,33 @@ class Space:
                 source = module.op_candidates_factory or module.ops[i][0].candidates
                 for op, candidate in create_cell_op_candidates(source, index, 0, j)[0].items():
                     name = f"{op}_from_{j}"
-                    candidates[name] = self._convert(candidate, f"{path}.nodes.{i}.{name}")
+                    place = f"{path}.nodes.{i}.{name}" if self.topology is None else f"{path}.nodes.{i}.from_{j}.{name}"
+                    candidates[name] = self._convert(candidate, place)
                     sources[name] = j
             label = f"{module.label}/{index}"
             labels = [(f"{module.label}/op_{index}_{k}", f"{module.label}/input_{index}_{k}") for k in range(per_node)]
             self._known |= {one for pair in labels for one in pair}
             self._decode(label, _node_decoder(label, labels))
-            nodes.append(self._limited(Mixture(candidates, label, sources), per_node))
+            if self.topology is None:
+                nodes.append(self._limited(Mixture(candidates, label, sources), per_node))
+            else:
+                nodes.append(self._node(self.topology, candidates, sources, label, per_node))
         before = self._convert(module.preprocessor, f"{path}.preprocessor")
         after = self._convert(module.postprocessor, f"{path}.postprocessor")
         return Cell(nodes, before, after, module.concat_dim)
+
+    def _node(
+        self, topology: Topology, candidates: dict[str, Any], sources: dict[str, int], label: str, per_node: int
+    ) -> Node:
+        inputs = len(set(sources.values()))
+        edges = {}
+        for j in range(inputs):
+            ops = {name: candidate for name, candidate in candidates.items() if sources[name] == j}
+            self._decode(f"{label}/{j}", lambda left: {})  # the node knows
+            # NNI's node has so many operations, be there fewer inputs or not
+            count = 1 if inputs >= per_node else per_node // inputs + (j < per_node % inputs)
+            edges[j] = self._limited(Mixture(ops, f"{label}/{j}"), min(count, len(ops)))
+        return Node(edges, label, *topology.sizes(inputs, per_node))
 
     def _parametrized(self, module: ParametrizedModule, path: str) -> nn.Module:
         arguments = _arguments(module)
@@ -327,10 +346,12 @@ def _depths(choice: Choice) -> list[int]:
 
 def _node_decoder(label: str, labels: list[tuple[str, str]]) -> Callable[[Choice], dict[str, Any]]:
     def decoder(left: Choice) -> dict[str, Any]:
-        if len(left.units) != len(labels):
-            raise DNALError(f"node {label} keeps {len(left.units)} candidates instead of {len(labels)}")
+        edges = left.edges.values() if isinstance(left, Node) else [left]
+        units = [unit for edge in edges for unit in edge.units]
+        if len(units) != len(labels):
+            raise DNALError(f"node {label} keeps {len(units)} candidates instead of {len(labels)}")
         sample: dict[str, Any] = {}
-        for (op, source), unit in zip(labels, left.units):
+        for (op, source), unit in zip(labels, units):
             name, _, j = unit.rpartition("_from_")
             sample |= {op: name, source: [int(j)]}
         return sample

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..modules.choices import Choice
 from ..modules.gates import ScaledSigmoidGate
+from .adam import Adam
 from .informed import energy_of
 from .leaves import FactorLeaves, Leaves
 from .loop import Search
@@ -77,7 +78,7 @@ class MixedSearch(Search):
 
     @torch.no_grad()
     def _set_gates(self) -> None:
-        self.g = self.mixed.weights()
+        self.g = self.mixed.weights(self.done)
         self.mixed.value.copy_(self.g)
         own = self.gates[0].s
         for gate, part in zip(self.gates, self.g.to(own.dtype).split([gate.s.numel() for gate in self.gates])):
@@ -105,7 +106,7 @@ class MixedScores(abc.ABC):
     """What weight every candidate has, as a function of parameters that learn by Adam; the network that follows.
 
     Args:
-        parameters: float64, trained.
+        parameters: float64, trained in place.
         units: of all choices together.
         steps: planned number.
         lr: of Adam; betas and weight decay are DARTS's.
@@ -126,21 +127,15 @@ class MixedScores(abc.ABC):
     def __init__(
         self, parameters: Sequence[Tensor], units: int, steps: int, lr: float, cost: Callable[[Tensor], Tensor]
     ) -> None:
-        self.parameters = [parameter.requires_grad_(True) for parameter in parameters]
         self.steps = self.moving = steps
         self.floor: Sequence[int] = ()
-        self.value = self.parameters[0].detach().new_zeros(units)
+        self.value = parameters[0].detach().new_zeros(units)
         self.cost_of = cost
-        self.adam = torch.optim.Adam(self.parameters, lr, betas=(0.5, 0.999), weight_decay=1e-3)
-        for parameter in self.parameters:  # made here, so that a state can be loaded ahead of the first step
-            zeros = torch.zeros_like(parameter.detach())
-            self.adam.state[parameter] = {
-                "step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()
-            }  # fmt: skip
+        self.adam = Adam(parameters, lr)
 
     @abc.abstractmethod
-    def weights(self) -> Tensor:
-        """The factor of every unit, float64 ``[units]``; differentiable in the parameters."""
+    def weights(self, step: int) -> Tensor:
+        """The factor of every unit at a step, float64 ``[units]``; differentiable in the parameters."""
 
     @abc.abstractmethod
     def chosen(self) -> Tensor:
@@ -150,8 +145,8 @@ class MixedScores(abc.ABC):
         """What is added to the loss at a step, 0-d."""
         return self.value.new_zeros(())
 
-    def stepped(self) -> None:  # noqa: B027  few have something to do
-        """Called after each architecture step."""
+    def stepped(self, step: int) -> None:  # noqa: B027  few have something to do
+        """Called after each architecture step, with its number."""
 
     def resting(self, label: str) -> frozenset[int]:
         """The units of a decision that need not run."""
@@ -159,11 +154,8 @@ class MixedScores(abc.ABC):
 
     def update(self, grad: Tensor, g: Tensor, step: int | Tensor) -> None:
         """One step of Adam from the gradient on the weights, ``[units]``."""
-        self.adam.zero_grad()
-        with torch.enable_grad():
-            ((self.weights() * grad).sum() + self.penalty(int(step))).backward()
-        self.adam.step()
-        self.stepped()
+        self.adam.step(lambda: (self.weights(int(step)) * grad).sum() + self.penalty(int(step)))
+        self.stepped(int(step))
 
     def gates(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """The weights, less a half, at a delta of one: what a gate says of itself. They act through the leaves."""
@@ -189,11 +181,7 @@ class MixedScores(abc.ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors themselves."""
-        state = {"score": self.value}
-        for i, parameter in enumerate(self.parameters):
-            moments = self.adam.state[parameter]
-            state |= {f"parameter.{i}": parameter.detach()} | {f"{name}.{i}": t for name, t in moments.items()}
-        return state
+        return {"score": self.value, **self.adam.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

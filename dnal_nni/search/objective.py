@@ -47,7 +47,10 @@ class Objective:
         pool_sizes: int64 ``[k]``: units per target.
         choices: of each group, whether its units are candidates of a supernet instead of channels.
         whole: float64 ``[units]``: what each unit costs in the uncut network.
+        pinned: units (int64) whose gates somebody else sets, and what these are; None: none.
     """
+
+    pinned: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -80,6 +83,8 @@ class Objective:
         self.cost.to(device)
         for name in ("group_of", "targets", "owner", "pool_sizes", "whole", "_must", "_may"):
             setattr(self, name, getattr(self, name).to(device))
+        if self.pinned is not None:
+            self.pinned = self.pinned[0].to(device), self.pinned[1].to(device)
         return self
 
     def relative(self, g: Tensor) -> Tensor:
@@ -87,6 +92,9 @@ class Objective:
 
         Of several limits, the cost is that which is over its limit by the largest factor, times the lowest limit.
         """
+        if self.pinned is not None:
+            where, values = self.pinned
+            g = g.index_copy(-1, where, values.to(g).expand(*g.shape[:-1], -1))
         if self.budget is None:
             open_units = g.new_zeros(*g.shape[:-1], len(self.targets)).index_add(-1, self.owner, g)
             return open_units / self.pool_sizes

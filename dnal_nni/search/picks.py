@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Pick:
         return beyond[1:] / beyond[:-1].clamp(min=1e-12)
 
 
-def picks_of(model: nn.Module, active: list[ChannelGroup]) -> list[Pick]:
+def picks_of(model: nn.Module, active: Sequence[ChannelGroup]) -> list[Pick]:
     """The decisions of a network of which nothing but candidates is searched, in the order of the gates.
 
     Raises:

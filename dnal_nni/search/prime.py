@@ -74,7 +74,7 @@ class PrimeScores(MixedScores):
     def _gates(self, a: Tensor) -> Tensor:
         return torch.cat([pick.gates(part) for pick, part in zip(self.picks, a.split(self.sizes))])
 
-    def weights(self) -> Tensor:
+    def weights(self, step: int) -> Tensor:
         return self._gates(self.activated())
 
     def penalty(self, step: int) -> Tensor:
@@ -86,7 +86,7 @@ class PrimeScores(MixedScores):
         return step / self.steps * self.rho / 2 * distance(a - self.derived(a), self.sizes)
 
     @torch.no_grad()
-    def stepped(self) -> None:
+    def stepped(self, step: int) -> None:
         for part, open_, pick, bounded in zip(
             self.alpha.split(self.sizes), self.open.split(self.sizes), self.picks, self.bounded
         ):

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, save_compressed
-from dnal_nni.modules.choices import Cell, Choice, Depth, Inputs, Mixture
+from dnal_nni.modules.cells import Cell
+from dnal_nni.modules.choices import Choice, Depth, Inputs, Mixture
 from dnal_nni.modules.gates import GateState, ScaledSigmoidGate
 from dnal_nni.search.close import exact_cut
 from dnal_nni.search.importance import importance

@@ -122,12 +122,12 @@ def test_the_architecture_learns_by_adam_from_loss_and_regulariser(regularizer: 
         adam.zero_grad()
         loss.backward()
         adam.step()
-        made.update(worth, made.weights(), step)
+        made.update(worth, made.weights(0), step)
         if regularizer == "consensus" and (step + 1) % 10 == 0:
             a = torch.softmax(alpha.detach(), 0)
             z = torch.nn.functional.one_hot((a + u).argmax(), 3).double()
             u = u + a - z
-        assert torch.allclose(made.weights(), torch.softmax(alpha, 0), atol=1e-12)
+        assert torch.allclose(made.weights(0), torch.softmax(alpha, 0), atol=1e-12)
     assert made.chosen().tolist() == [False, True, False]
 
 
@@ -136,7 +136,7 @@ def test_the_pull_makes_weights_discrete() -> None:
         made = scores(200, regularizer=regularizer, rho=2.0, reach=8.0)
         worth = 0.05 * random(len(made.value))
         for step in range(200):
-            made.update(worth + 0.3 * random(len(worth), step), made.weights(), step)
+            made.update(worth + 0.3 * random(len(worth), step), made.weights(0), step)
         return made.entropy()
 
     assert entropy("proximity") < 0.8 * entropy(None)
@@ -144,7 +144,7 @@ def test_the_pull_makes_weights_discrete() -> None:
 
 def test_bounded_weights_do_not_compete_and_stay_at_zero() -> None:
     made = scores(200, activation="bounded", reach=3.0)
-    node, layer, inputs, depth = made.weights().detach().split([6, 3, 4, 2])
+    node, layer, inputs, depth = made.weights(0).detach().split([6, 3, 4, 2])
     assert torch.allclose(node, torch.full((6,), 0.5, dtype=torch.float64), atol=1e-3)
     assert torch.allclose(layer, torch.full((3,), 1 / 3, dtype=torch.float64), atol=1e-3)
 
@@ -153,13 +153,13 @@ def test_bounded_weights_do_not_compete_and_stay_at_zero() -> None:
         return torch.cat([torch.full((1,), sign), torch.full((14,), 0.1 * (-1) ** step)]).double()
 
     for step in range(100):
-        made.update(harm(step, 1.0), made.weights(), step)
-    node, _, _, depth = made.weights().detach().split([6, 3, 4, 2])
+        made.update(harm(step, 1.0), made.weights(0), step)
+    node, _, _, depth = made.weights(0).detach().split([6, 3, 4, 2])
     assert float(node[0]) == 0.0 and bool((node[1:] > 0.3).all())
     assert made.resting("node") == frozenset([0]) and made.resting("layer") == frozenset()
     for step in range(100, 200):
-        made.update(harm(step, -1.0), made.weights(), step)
-    assert made.weights()[0].item() == 0.0
+        made.update(harm(step, -1.0), made.weights(0), step)
+    assert made.weights(0)[0].item() == 0.0
     # a depth is a softmax in any case
     assert depth.tolist() == pytest.approx([2 / 3, 1 / 2], abs=0.05)
 
@@ -167,7 +167,7 @@ def test_bounded_weights_do_not_compete_and_stay_at_zero() -> None:
 def test_the_last_candidate_of_a_decision_does_not_fall() -> None:
     made = scores(100, activation="bounded", reach=3.0)
     for step in range(100):
-        made.update(torch.ones(15, dtype=torch.float64), made.weights(), step)
+        made.update(torch.ones(15, dtype=torch.float64), made.weights(0), step)
     chosen = [part.sum() for part in made.chosen().split([6, 3, 4, 2])]
     assert [int(count) for count in chosen[:3]] == [2, 1, 2]
     assert all(not made.resting(pick.label) >= set(range(pick.units)) for pick in PICKS)
@@ -176,7 +176,7 @@ def test_the_last_candidate_of_a_decision_does_not_fall() -> None:
 def test_it_goes_on_from_its_state() -> None:
     def run(made: PrimeScores, steps: range) -> PrimeScores:
         for step in steps:
-            made.update(random(len(made.value), step), made.weights(), step)
+            made.update(random(len(made.value), step), made.weights(0), step)
         return made
 
     settings: dict[str, Any] = {"regularizer": "consensus", "activation": "bounded"}
