@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from .arguments import shown
 from .errors import DNALError, reason, told
@@ -32,9 +33,12 @@ class Data:
                 raise TypeError
             steps = len(self.loader)
         except TypeError:
+            what = f"compress({self.name}=...) is {shown(self.loader)}"
+            if isinstance(self.loader, DataLoader):
+                raise DNALError(f"{what} of data without a length: give them a __len__, or a list of batches") from None
             raise DNALError(
-                f"compress({self.name}=...) is {shown(self.loader)}: give a DataLoader, or a list of batches; a "
-                "generator has no length, and is used up by its first epoch"
+                f"{what}: give a DataLoader, or a list of batches; a generator has no length, and is used up by its "
+                "first epoch"
             ) from None
         if steps == 0:
             raise DNALError(f"compress({self.name}=...) gives no batch: it has fewer examples than one batch")

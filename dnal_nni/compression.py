@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from .outcome import file_report
 from .plan import Plan
 from .progress import phase
 from .report.record import Report
+from .resumed import Checkpoint
 from .search.settings import all_but
 from .search.statistics import Pace
 from .session import Session
@@ -199,7 +201,7 @@ NOTHING_DONE: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
 """The state of a stage at its beginning."""
 
 
-@checked_but("model", "budget", "exclude")
+@checked_but("model", "budget", "exclude", "channel_multiple")
 def compress(
     model: nn.Module,
     loader: Iterable[Any],
@@ -213,15 +215,16 @@ def compress(
     optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
     keep_best: bool = False,
     exclude: Sequence[str | nn.Module] = (),
-    channel_multiple: int | None = None,
+    channel_multiple: int | Sequence[int] | None = None,
     verify_seconds: float = 60.0,
     dummy_input: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, Report]:
     """Make a trained model smaller in one call: search its widths, cut it to the budget, fine-tune what is left.
 
     The weights learn in the search too. Random numbers are torch's: ``torch.manual_seed`` ahead of the call. All runs
-    on the device that ``model`` is on. ``dnal compress`` does the same from the command line, with checkpoints.
+    on the device that ``model`` is on. ``dnal compress`` does the same from the command line.
 
     Args:
         model: the trained network; afterwards it is as it was.
@@ -237,10 +240,13 @@ def compress(
             ``lambda parameters: torch.optim.AdamW(parameters, 1e-3)``.
         keep_best: keep the epoch of fine-tuning that validates best, not the last.
         exclude: layers that keep all their outputs, with everything in them: names, or the modules themselves.
-        channel_multiple: channels that layers keep come in multiples of this number, or whole. None: 1; on a GPU, and
-            for a budget of latency, 8, or less where the budget has no structure of that.
+        channel_multiple: channels are kept in multiples of this number, or whole; of several, of the first that has a
+            structure of the budget. None: 1; on a GPU, and for a budget of latency, (8, 4, 2, 1).
         verify_seconds: time limit for proving what can be cut; what is not compared by then stays whole.
         dummy_input: what FLOPs are counted for; None: the first input of the data.
+        checkpoint: a file, usually ``*.safetensors``, that is written after every epoch and goes at the end: after an
+            interruption the same call goes on from it, and ends as it would have. The random numbers that are put back
+            are torch's.
         progress: show bars.
 
     Returns:
@@ -266,6 +272,8 @@ def compress(
     device = next(model.parameters()).device
     data, loss_of = Data("loader", loader, device), loss or F.cross_entropy
     training = [(module, module.training) for module in model.modules()]
+    own: dict[str, Any] = {"search_epochs": search_epochs, "epochs": epochs, "lr": lr, "keep_best": keep_best}
+    own |= {} if optimizer is None else {"optimizer": shown(optimizer)}
     session: Session | None = None
     try:
         with torch.random.fork_rng(devices=[]):  # looking at the data uses up none
@@ -281,21 +289,28 @@ def compress(
             keep_best=keep_best,
             progress=progress,
         )
-        plan = Plan.of(
-            model,
-            example[0][:1] if dummy_input is None else dummy_input,
-            budget=budget,
-            selected=all_but(model, exclude),
-            channel_multiple=channel_multiple,
-            verify_seconds=verify_seconds,
-        )
-        before = None if stages.validate is None else stages.validate(model)
-        session = Session(model, plan)
-        seconds = stages.search(session, NOTHING_DONE)
-        slim, report = stages.cut(session, before, seconds)
-        stages.finetune(slim, report, NOTHING_DONE)
-        own: dict[str, Any] = {"search_epochs": search_epochs, "epochs": epochs, "lr": lr, "keep_best": keep_best}
-        own |= {} if optimizer is None else {"optimizer": shown(optimizer)}
+        asked = {**own, "steps": stages.steps, "budget": budget.limits}
+        kept = Checkpoint(checkpoint, model, asked, NOTHING_DONE)
+        if kept.cut:
+            slim, report = kept.network()
+        else:
+            plan = Plan.of(
+                model,
+                example[0][:1] if dummy_input is None else dummy_input,
+                budget=budget,
+                selected=all_but(model, exclude),
+                channel_multiple=channel_multiple,
+                verify_seconds=verify_seconds,
+            )
+            before = kept.state["accuracy"]
+            if before is None and stages.validate is not None:
+                before = stages.validate(model)
+            session = Session(model, plan)
+            saving = dataclasses.replace(stages, save=lambda state: kept.search(before, state))
+            slim, report = stages.cut(session, before, saving.search(session, kept.state))
+            kept.begin_finetune(slim, report, NOTHING_DONE)
+        dataclasses.replace(stages, save=kept.finetune).finetune(slim, report, kept.state)
+        kept.done()
         defaults = {name: parameter.default for name, parameter in inspect.signature(compress).parameters.items()}
         if report.interventions is not None:
             report.interventions = report.interventions.with_arguments(own, defaults)

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .arguments import shown
+from .arguments import checked_but, shown
 from .budget import Complexity
 from .cost.sizes import layer_flops, tensor_bytes
 from .errors import DNALError
@@ -30,6 +30,7 @@ def file_report(network: nn.Module, report: Report) -> None:
     _reports[network] = report
 
 
+@checked_but("network")
 def report_of(network: nn.Module) -> Report:
     """The report of a network that ``speedup()`` or :func:`~dnal_nni.compression.compress` returned in this process.
 

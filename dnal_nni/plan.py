@@ -79,7 +79,7 @@ class Plan:
         *,
         budget: Budget | None = None,
         selected: Mapping[str, Setting] | None = None,
-        channel_multiple: int | None = None,
+        channel_multiple: int | Sequence[int] | None = None,
         verify_seconds: float = 60.0,
         graph: Graph = None,
     ) -> Plan:
@@ -92,8 +92,8 @@ class Plan:
             dummy_input: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             budget: what the cut network may cost.
             selected: what may lose channels, by layer name; None: every layer.
-            channel_multiple: channels that layers keep come in multiples of this number, or whole. None: 1; for a
-                budget on a GPU, and one of latency, 8, or less where the budget has no structure of that.
+            channel_multiple: channels are kept in multiples of this number, or whole; of several, of the first that has
+                a structure of the budget. None: 1; for a budget on a GPU, and one of latency, (8, 4, 2, 1).
             verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then stay whole.
             graph: where the groups come from: see :func:`~dnal_nni.channels.groups.find_groups`.
 
@@ -277,9 +277,10 @@ class Method:
 
 def check_limits(budget: Any, channel_multiple: Any, verify_seconds: Any) -> None:
     """Raise for what is no budget, no multiple, or no time."""
-    whole = isinstance(channel_multiple, int) and not isinstance(channel_multiple, bool) and channel_multiple >= 1
-    if channel_multiple is not None and not whole:
-        raise DNALError(f"channel_multiple={shown(channel_multiple)}: must be a whole number >= 1")
+    asked = channel_multiple if isinstance(channel_multiple, (list, tuple)) else [channel_multiple]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in asked)
+    if channel_multiple is not None and not (asked and whole):
+        raise DNALError(f"channel_multiple={shown(channel_multiple)}: must be a whole number >= 1, or several to try")
     check_budget(budget)
     if not isinstance(verify_seconds, (int, float)) or isinstance(verify_seconds, bool) or not verify_seconds > 0:
         raise DNALError(f"verify_seconds={shown(verify_seconds)}: give a number above 0")

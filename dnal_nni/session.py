@@ -1,7 +1,6 @@
 """Search, harden, cut, resume: what every front end shares. No NNI here.
 
-plan = Plan.of(model, x, budget=Budget(flops=0.5))
-session = Session(model, plan)
+session = Session(model, Plan.of(model, x, budget=Budget(flops=0.5)))
 with session.search(steps, optimizer=optimizer) as search:
     for images, labels in batches:
         search.step(loss(model(images), labels))
@@ -112,8 +111,7 @@ class Session:
             when: the steps in which the gates learn too, where weights do: ``Informed(10)``; None: all.
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            said = shown(steps)
-            raise DNALError(f"search(steps={said}): must be a whole number >= 1, how many batches you will give it")
+            raise DNALError(f"search(steps={shown(steps)}): must be a whole number >= 1, how many batches you give it")
         if self.last is not None and self.last.running:
             raise DNALError("a search of this model is under way: leave its `with` ahead of another one")
         if optimizer is not None:
@@ -247,6 +245,7 @@ class Session:
             raise DNALError("carry_optimizer: nothing has been cut yet: call speedup() first")
         return carry_optimizer(optimizer, self.model, self.plan.groups, self.keep, slim)
 
+    @checked_but("inputs")
     def repair(self, slim: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:
         """Fit the layers of a cut network to what they gave in the one ahead of the search: no labels, no training.
 
@@ -363,7 +362,8 @@ def _checkpoint(session: Session, path: str | os.PathLike[str]) -> dict[str, Any
 
 
 def _check_state(session: Session, state: Mapping[str, Any]) -> None:
-    """Raise for what is no state of this session."""
+    """Raise for what is no state of this session, and in the midst of a search."""
+    check_over(session.last)
     if not isinstance(state, Mapping) or not {"gates", "search", "keep"} <= state.keys():
         raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
     mine, theirs = session.settings(), state.get("settings", {})

@@ -66,6 +66,16 @@ def below_zero():
 def nan():
     return DataLoader(TensorDataset(torch.full((8, 3, 8, 8), float("nan")), torch.zeros(8).long()), 4), None
 
+def double():
+    inputs, labels = _set(12).tensors
+    return DataLoader(TensorDataset(inputs.double(), labels), 4), None
+
+def datasets():
+    return _set(12), _set(12)
+
+def one():
+    return DataLoader(_set(12), 4)
+
 def endless():
     return iter([]), None
 

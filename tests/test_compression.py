@@ -1,6 +1,9 @@
 """The one call for those with a loader and a loss."""
 
 import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dnal_nni import Budget, DNALError, DNALPruner, compress, measure, report_of
+from dnal_nni.report.record import Report
+from dnal_nni.storage.state import save_state
 
 HALF = Budget(flops=0.5)
 Batches = list[tuple[Tensor, Tensor]]
@@ -114,6 +119,71 @@ def test_validate_is_a_function_exclude_an_object_optimizer_a_factory(small: nn.
     made = report.interventions
     assert made is not None and made.epochs == 1 and made.fixed["widths"] >= 1
     assert set(made.changed) == {"flops", "search_epochs", "epochs", "keep_best", "optimizer"}
+
+
+def interrupted_at(call: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A cross entropy that is interrupted at its so-manieth call."""
+    calls = itertools.count(1)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return F.cross_entropy(outputs, targets)
+
+    return loss
+
+
+@pytest.mark.parametrize("stopped", [[3], [8], [18], [9, 6, 14]], ids=str)
+def test_interrupted_it_goes_on_from_its_checkpoint(stopped: list[int], tmp_path: Path) -> None:
+    """In the search (5 steps an epoch, 2 of them), in fine-tuning (3 epochs), several times: to the same network."""
+    data = TensorDataset(torch.randn(40, 1, 8, 8), torch.randint(0, 10, (40,)))
+    loader = DataLoader(data, 8, shuffle=True)
+    path = tmp_path / "run.safetensors"
+
+    def call(loss: Callable[..., Tensor], checkpoint: Path | None) -> tuple[nn.Module, Report]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Small(), nn.Dropout(0.1))
+        before = state(model)
+        settings = dict(budget=HALF, validate=[(data.tensors[0], data.tensors[1])], keep_best=True, progress=False)
+        try:
+            return compress(model, loader, loss, search_epochs=2, epochs=3, checkpoint=checkpoint, **settings)
+        finally:
+            assert same(state(model), before)
+
+    slim, report = call(F.cross_entropy, None)
+    for number in stopped:
+        with pytest.raises(KeyboardInterrupt):
+            call(interrupted_at(number), path)
+    if stopped[-1] > 5:
+        assert path.exists()
+    again, told = call(F.cross_entropy, path)
+    assert same(state(again), state(slim)) and report_of(again) is told
+    assert (told.accuracy, told.accuracy_cut, told.notes) == (report.accuracy, report.accuracy_cut, report.notes)
+    assert told.interventions == report.interventions and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_call_is_refused(small: nn.Module, batches: Batches, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    settings = dict(budget=HALF, search_epochs=2, epochs=1, checkpoint=path, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        compress(small, batches, interrupted_at(len(batches) + 1), **settings)
+    whole = path.read_bytes()
+    for other, said in (
+        (dict(epochs=3), r"is of a call with epochs=1, and this one has 3: choose another checkpoint, or delete it"),
+        (dict(budget=Budget(flops=0.7)), r"is of a call with budget=\{'flops': 0.5\}, and this one has"),
+    ):
+        with pytest.raises(DNALError, match=said):
+            compress(small, batches, **settings | other)
+    with pytest.raises(DNALError, match="does not fit the model"):
+        compress(nn.Sequential(small), batches, **settings)
+    with pytest.raises(DNALError, match="cannot be written: there is no folder"):
+        compress(small, batches, **settings | dict(checkpoint=tmp_path / "none" / "run.safetensors"))
+    path.write_bytes(whole[:-9])
+    with pytest.raises(DNALError, match="damaged"):
+        compress(small, batches, **settings)
+    save_state(path, [1])
+    with pytest.raises(DNALError, match="was not written by"):
+        compress(small, batches, **settings)
 
 
 def test_exclude_of_a_pruner_names_objects(small: nn.Module, x: Tensor) -> None:

@@ -40,7 +40,17 @@ class Data(NamedTuple):
     notes: list[str]
 
 
+_OF_A_FOLDER = ("input", "batch_size", "workers", "mean", "std", "skip_unreadable")
+_PARTS = ("train", "val", "test")
 HELD_OUT = 10  # of a folder without a part to test on, every tenth image of each class
+
+
+def check_out(settings: Settings) -> None:
+    """Raise where the folder of the results would be taken for a class of the data."""
+    folder, out = Path(settings.data), settings.out.resolve()
+    for above in [folder / part for part in _PARTS] if (folder / "train").is_dir() else [folder]:
+        if above.is_dir() and above.resolve() in (out, *out.parents):
+            raise DNALError(f"--out {settings.out} is among the classes of {above}: choose a folder outside of it")
 
 
 def loaders(settings: Settings) -> Data:
@@ -70,6 +80,10 @@ def loaders(settings: Settings) -> Data:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise DNALError(f"{settings.data}() returns no pair (loader to train on, loader to test on or None)")
         train, test = pair
+        unused = [name for name in _OF_A_FOLDER if getattr(settings, name) != getattr(Settings, name)]
+        if unused:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            notes.append(f"not used, since {settings.data} gives what it gives: {given} (of a folder of images)")
     for what, loader in (("train", train), ("test", test)):
         if loader is None and what == "test":
             continue
@@ -123,7 +137,7 @@ def _folders(folder: Path, settings: Settings) -> Data:
 
     with told(f"{folder} is no folder of images by class", (OSError, RuntimeError)):
         if (folder / "train").is_dir():
-            others = [name for name in ("val", "test") if (folder / name).is_dir()]
+            others = [name for name in _PARTS[1:] if (folder / name).is_dir()]
             if not others:
                 raise DNALError(f"{folder} has a train/, but neither val/ nor test/ beside it")
             train: Any = ImageFolder(str(folder / "train"), flipped, loader=read_image, is_valid_file=is_image)

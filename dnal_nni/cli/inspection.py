@@ -136,7 +136,8 @@ def inspect(
     check_model(model)
     start = time.perf_counter()
     shapes = " and ".join(str(tuple(x.shape)) for x in _as_tuple(dummy_input))
-    with told(f"{target} rejects an input of shape {shapes}", FORWARD_ERRORS), torch.no_grad():
+    kinds = " and ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in _as_tuple(dummy_input)))
+    with told(f"{target} rejects an input of shape {shapes}, {kinds}", FORWARD_ERRORS), torch.no_grad():
         call(clone(model).eval(), dummy_input)
     with told(f"the channels of {target} cannot be traced", FORWARD_ERRORS):
         groups = find_groups(model, dummy_input, graph)

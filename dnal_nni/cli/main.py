@@ -150,7 +150,8 @@ def _inspect(arguments: argparse.Namespace) -> str:
     model = load_target(options.model, options.kwargs)
     if options.weights is not None:
         model = load_weights(model, options.weights)
-    inputs = tuple(torch.randn(shape) for shape in options.input)
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    inputs = tuple(torch.randn(shape).to(dtypes[0] if dtypes else torch.float32) for shape in options.input)
     result = inspect(model, inputs, options.model, options.verify_seconds, options.graph)
     return json.dumps(result.to_dict(), indent=2) if arguments.json else str(result)
 
@@ -166,13 +167,14 @@ def _compress(arguments: argparse.Namespace) -> str:
     runs = _runs(options | given)
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from .run import NETWORK, PAGE, compress
+    from .run import NETWORK, ONNX, PAGE, compress
 
     logger.setLevel(logging.INFO)
     with logging_redirect_tqdm([logger]):  # to stderr, above the bars
         reports = [compress(settings, shlex.join(["dnal", *arguments.words])) for settings in runs]
     if len(runs) == 1:
-        written = [runs[0].out / name for name in (NETWORK, REPORT, PAGE)]
+        files = [runs[0].out / name for name in (NETWORK, REPORT, PAGE, ONNX)]
+        written = [path for path in files if path.exists()]
         shown = reports[0].to_json() if arguments.json else str(reports[0])
     else:
         names, page = [settings.out.name for settings in runs], runs[0].out.parent / COMPARISON

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import random
 from collections.abc import Iterator
@@ -20,22 +21,26 @@ from ..compression import NOTHING_DONE, Compression
 from ..errors import DNALError, told
 from ..modules.running import FORWARD_ERRORS
 from ..plan import Plan
-from ..progress import logger
+from ..progress import logger, phase
 from ..report.record import Report
+from ..search.multiples import FAST
 from ..session import Session
 from ..storage.compressed import load_compressed, save_compressed
 from ..storage.reports import REPORT, read_report
 from ..storage.state import load_state, save_state, under_own_names
 from ..storage.whole import write_whole
-from .data import Loader, each, loaders
+from .data import Loader, check_out, each, loaders
 from .settings import LIMITS, Settings
 from .targets import load_target, load_weights
 
-CHECKPOINT, PAGE, NETWORK = "checkpoint.safetensors", "report.html", "slim.safetensors"
+CHECKPOINT, PAGE, NETWORK, ONNX = "checkpoint.safetensors", "report.html", "slim.safetensors", "slim.onnx"
 _FREE = ("out", "device", "workers", "tensorboard")  # may differ where a run goes on
 
 # what the task is, and where it runs: no decisions about the network
-_GIVEN = (*_FREE, *LIMITS, "model", "kwargs", "weights", "data", "input", "mean", "std", "skip_unreadable", "seed")
+_GIVEN = (
+    *(*_FREE, *LIMITS, "model", "kwargs", "weights", "data", "input", "mean", "std", "skip_unreadable"),
+    *("seed", "onnx"),
+)
 
 
 def compress(settings: Settings, command: str | None = None) -> Report:
@@ -54,6 +59,11 @@ def compress(settings: Settings, command: str | None = None) -> Report:
     out = settings.out
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise DNALError("--tensorboard needs tensorboard: pip install tensorboard")
+    if settings.onnx and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise DNALError("--onnx needs onnx and onnxscript: pip install onnx onnxscript")
+    if settings.onnx and "external_data" not in inspect.signature(torch.onnx.export).parameters:
+        raise DNALError(f"--onnx needs torch 2.5 or newer, and this is {torch.__version__}")
+    check_out(settings)
     with told(f"{out} cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
     finished = out / REPORT
@@ -72,6 +82,12 @@ def compress(settings: Settings, command: str | None = None) -> Report:
         defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
         decided = {name: value for name, value in vars(settings).items() if name not in _GIVEN}
         report.interventions = report.interventions.with_arguments(decided, defaults)
+    if settings.onnx:
+        try:
+            write_whole(out / ONNX, run.export)
+        except DNALError as error:  # all the rest is there
+            report.notes.append(str(error))
+            logger.warning(str(error))
     save_compressed(run.slim, out / NETWORK, report)
     write_whole(out / PAGE, lambda path: path.write_text(report.to_html()))
     write_whole(finished, lambda path: path.write_text(report.to_json() + "\n"))
@@ -199,9 +215,25 @@ class Run:
             remedy=f"lower --finetune-lr; {settings.out / CHECKPOINT} is of the epoch before",
         )
 
+    def plan(self, model: nn.Module) -> Plan:
+        """What of the network can be cut, held to the budget."""
+        settings, budget = self.settings, self.settings.budget()
+        multiple = settings.channel_multiple or (FAST if settings.onnx else None)
+        try:
+            return Plan.of(model, self.dummy_input, budget=budget, channel_multiple=multiple, graph=settings.graph)
+        except DNALError as error:
+            said = str(error).replace(str(budget), settings.limits())
+            raise DNALError(said.replace("the dummy_input", f"an input of {settings.data}")) from error
+
+    def export(self, path: Path) -> None:
+        """Write the smaller network, in eval mode, as ONNX."""
+        with phase("exporting to ONNX"), told("the smaller network cannot be exported to ONNX", FORWARD_ERRORS):
+            slim = self.slim.eval()
+            torch.onnx.export(slim, (self.dummy_input,), str(path), dynamo=True, verbose=False, external_data=False)
+
     def compress(self) -> Report:
         """Search, cut and fine-tune, or what is left of it; ``self.slim`` is the network."""
-        settings, slim_file, stages = self.settings, self.settings.out / NETWORK, self.stages()
+        slim_file, stages = self.settings.out / NETWORK, self.stages()
         if self.state["stage"] == "finetune":
             self.slim, report = load_compressed(self.model(), slim_file), read_report(slim_file)
         else:
@@ -209,14 +241,7 @@ class Run:
             before = self.state.get("accuracy")
             if before is None and self.test is not None:
                 before = self.accuracy(model)
-            plan = Plan.of(
-                model,
-                self.dummy_input,
-                budget=settings.budget(),
-                channel_multiple=settings.channel_multiple,
-                graph=settings.graph,
-            )
-            session = Session(model, plan)
+            session = Session(model, self.plan(model))
             stages = dataclasses.replace(stages, save=lambda state: self.save(stage="search", accuracy=before, **state))
             if self.state["epoch"] > 0:
                 own = model.state_dict()

@@ -163,7 +163,7 @@ class Settings(Options):
     params: float | None = option(LIMIT, "parameters to keep; of several options, all hold", None, "F", nargs="+")
     latency: float | None = option(LIMIT, "milliseconds of one input to keep", None, "MS", nargs="+")
     channel_multiple: int | None = option(
-        whole(1), "channels are kept in multiples of N, or whole; else 8 on a GPU and for --latency", None
+        whole(1), "channels are kept in multiples of N, or whole; else 8 on a GPU, for --latency and --onnx", None
     )
     input: tuple[int, ...] | None = option(SHAPE, "a folder's images get this size (1,3,224,224)", None, "SHAPE")
     search_epochs: int = option(whole(1), "epochs of the search, in which the weights learn too", 3)
@@ -181,11 +181,14 @@ class Settings(Options):
     seed: int = option(whole(0, 2**32 - 1), "of all random numbers", 0)
     device: str = option(NAME, "cpu, cuda, cuda:1, ...; auto is a GPU if there is one", "auto", "NAME")
     tensorboard: bool = option(FLAG, "write the search's curves for TensorBoard to OUT/tensorboard", False)
+    onnx: bool = option(FLAG, "export the smaller network to OUT/slim.onnx, for one input", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise DNALError("--mean and --std: give as many numbers for one as for the other, and --std above 0")
+        if min(self.mean) < 0 or max(*self.mean, *self.std) > 1:
+            raise DNALError("--mean and --std: colours are numbers from 0 to 1 here: divide by 255")
         if self.flops is self.params is self.latency is None:
             raise DNALError("--flops, --params or --latency is missing, for example --flops 0.5")
         self.budget()
@@ -194,6 +197,9 @@ class Settings(Options):
         """What the network may cost in the end."""
         try:
             return Budget(flops=self.flops, params=self.params, latency=self.latency)
-        except DNALError as error:  # as it was typed
-            typed = " ".join(f"--{name} {value:.15g}" for name in LIMITS if (value := getattr(self, name)) is not None)
-            raise DNALError(f"{typed}: {str(error).partition(': ')[2]}") from error
+        except DNALError as error:
+            raise DNALError(f"{self.limits()}: {str(error).partition(': ')[2]}") from error
+
+    def limits(self) -> str:
+        """The budget as it was typed."""
+        return " ".join(f"--{name} {value:.15g}" for name in LIMITS if (value := getattr(self, name)) is not None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,8 +24,13 @@ from ..storage.digest import read_header
 def _find(target: str, what: str) -> Any:
     name, colon, attribute = target.partition(":")
     if not (name and colon and attribute):
-        raise DNALError(f"{target!r} does not name a {what}: write package.module:function")
-    with told(f"{name} cannot be imported"):
+        module, dot, last = target.rpartition(".")
+        guess = f"; did you mean {module}:{last}?" if dot and target.replace(".", "").isidentifier() else ""
+        raise DNALError(f"{target!r} does not name a {what}: write package.module:function{guess}")
+    if "/" in name or name.endswith(".py"):
+        module = name.removesuffix(".py").removeprefix("./").replace("/", ".")
+        raise DNALError(f"{name} is a file, and no module: write {module}:{attribute}, from the folder that it is in")
+    with told(f"{name} cannot be imported"), _no_exit(name):
         import_module(name)
     try:
         return resolve_name(target)
@@ -32,6 +38,18 @@ def _find(target: str, what: str) -> Any:
         close = difflib.get_close_matches(attribute.rpartition(".")[2], dir(getattr(error, "obj", None)), 1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise DNALError(f"{name} has no {attribute}{guess}") from error
+
+
+@contextlib.contextmanager
+def _no_exit(what: str) -> Iterator[None]:
+    """A module that is a script, such as one that reads the command line as it is imported, as one sentence."""
+    try:
+        yield
+    except SystemExit as error:
+        raise DNALError(
+            f"{what} ends the program (sys.exit): move what a script does, such as reading its arguments, below "
+            "if __name__ == '__main__'"
+        ) from error
 
 
 def load_callable(target: str) -> Callable[..., Any]:
@@ -52,7 +70,7 @@ def load_target(target: str, kwargs: dict[str, Any] | None = None) -> nn.Module:
     if not callable(found):
         raise DNALError(f"{target} is a {type(found).__name__}, not a function that returns a network")
     call = f"{target}({', '.join(f'{key}={value!r}' for key, value in (kwargs or {}).items())})"
-    with told(f"{call} fails"):
+    with told(f"{call} fails"), _no_exit(call):
         model = found(**(kwargs or {}))
     if not isinstance(model, nn.Module):
         raise DNALError(f"{call} returns a {type(model).__name__}, not a torch.nn.Module")

@@ -92,8 +92,8 @@ class DNALPruner(_OwnSchedule):
         arch_lr: how fast the gates learn. In the default search, how far a steady gradient of average size moves a
             score over the whole search (scores start at 1 on average); None is 0.3. In the paper's, the learning rate
             of SGD on ``s``; None is 0.01.
-        channel_multiple: channels that layers keep come in multiples of this number, or whole. None: 1; for a budget on
-            a GPU, and one of latency, 8, or less where the budget has no structure of that.
+        channel_multiple: channels are kept in multiples of this number, or whole; of several, of the first that has a
+            structure of the budget. None: 1; for a budget on a GPU, and one of latency, (8, 4, 2, 1).
         verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then are left whole.
         graph: where the groups come from. None: the operations that run are followed. A ``tp.DependencyGraph`` that you
             built of this model, with pruning functions of your own: its groups, verified like any other.
@@ -120,7 +120,7 @@ class DNALPruner(_OwnSchedule):
         preset: Literal["default", "paper"] = "default",
         lambda_: float = 1e-4,
         arch_lr: float | None = None,
-        channel_multiple: int | None = None,
+        channel_multiple: int | Sequence[int] | None = None,
         verify_seconds: float = 60.0,
         graph: Graph = None,
         importance: Criterion | None = None,

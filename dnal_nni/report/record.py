@@ -166,10 +166,12 @@ class Report:
         cut = sum(group.kept < group.units for group in self.groups)
         return f"<Report: {sizes}; {cut} of {len(self.groups)} channel groups cut; print() shows all of it>"
 
+    @checked
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
         return dataclasses.asdict(self)
 
+    @checked
     def to_json(self) -> str:
         """The same as JSON."""
         return json.dumps(self.to_dict(), indent=2)
@@ -201,6 +203,7 @@ class Report:
             raise DNALError("this is no report of dnal_nni: its history is not of the right form")
         return report
 
+    @checked
     def to_html(self) -> str:
         """One self-contained page: table, search, widths, layers left whole; no script, nothing from the network."""
         from .page import page

@@ -18,7 +18,7 @@ from ..progress import logger
 from .informed import Informed, only_if_due, rest_of, state_of, take_up
 from .learner import ArchOptimizer
 from .leaves import factors_of
-from .losses import check_loss, told_of_backward
+from .losses import OnlyStep, check_loss, told_of_backward
 from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
 from .statistics import Pace
 
@@ -67,6 +67,7 @@ class Search:
         self.seconds: float | None = None
         self.running = False
         self._said = self._reached = False  # that it is over; whether a gradient has come to a gate
+        self._weights = OnlyStep(optimizer, lambda: self.done >= self.steps)
         self._loss: Tensor | None = None
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=scores.value.device)
         self._trainable: list[nn.Parameter] = []
@@ -119,6 +120,7 @@ class Search:
         """End the search, or end it because of an ``error``; what leaving the context does."""
         self.running = False
         self.bar.close()
+        self._weights.close()
         for parameter, grad in zip(self._trainable, self._gradients):
             parameter.requires_grad_(True)
             parameter.grad = grad
@@ -181,20 +183,18 @@ class Search:
             self._ask_for_less()
             return
         if self.learns_weights:
-            assert self.optimizer is not None
             if self.done == 0 and not self.model.training:
                 logger.warning(
                     "the model is in eval mode, and searched with frozen norm statistics and without dropout: call "
                     "model.train() ahead of the loop"
                 )
-            self.optimizer.zero_grad()
+            self._weights.begin()
         penalised = self.penalised(loss)
         with told_of_backward():
             penalised.backward()
         self.before_optimizer_step()
         if self.learns_weights:
-            assert self.optimizer is not None
-            self.optimizer.step()
+            self._weights.make()
         self.after_optimizer_step()
 
     def _ask_for_less(self) -> None:

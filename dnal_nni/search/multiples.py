@@ -15,13 +15,13 @@ from .objective import Limits, Objective
 FAST = (8, 4, 2, 1)  # the first with which the budget is reached: what tensor cores and vector units like
 
 
-def multiples(asked: int | None, budget: Budget | None, device: torch.device) -> Sequence[int]:
+def multiples(asked: int | Sequence[int] | None, budget: Budget | None, device: torch.device) -> Sequence[int]:
     """What to try, in turn: what was asked; else those of :data:`FAST` on a GPU and for a latency, and 1 elsewhere.
 
     What that is worth: docs/benchmarks.md, "What half of the FLOPs is worth in milliseconds".
     """
     if asked is not None:
-        return (asked,)
+        return (asked,) if isinstance(asked, int) else tuple(asked)
     timed = budget is not None and (budget.latency is not None or device.type != "cpu")
     return FAST if timed else (1,)
 

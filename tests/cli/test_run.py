@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from cli_tools import SHORT, compress, pictures, same_networks
@@ -184,7 +185,7 @@ D = ["--data", "mydata:loaders"]
 WRONG = {
     "no data": ([], "--data is missing; see dnal compress --help"),
     "no folder": (["--data", "photos"], "there is no folder photos; a function is written package.module:function"),
-    "an empty folder": (["--data", "."], r"\. is no folder of images by class: "),
+    "an empty folder": (["--data", "empty"], "empty is no folder of images by class: "),
     "no function": (["--data", "mydata:loader"], "mydata has no loader; did you mean loaders?"),
     "it raises": (["--data", "mydata:raises"], r"mydata:raises\(\) fails: no disk"),
     "no pair": (["--data", "mydata:single"], "returns no pair"),
@@ -193,17 +194,17 @@ WRONG = {
     "no labels": (["--data", "mydata:images_only"], r"gives no batches \(inputs, labels\)"),
     "no classes": (["--data", "mydata:float_labels"], r"gives labels of torch.float32 and shape \[4\]"),
     "too many classes": (["--data", "mydata:too_many_classes"], "the data have a class 6, the network only 3 scores"),
-    "nan": (["--data", "mydata:nan"], "no finite number for the dummy_input"),
+    "nan": (["--data", "mydata:nan"], "no finite number for an input of mydata:nan"),
     "percent": ([*D, "--flops", "50"], r"--flops 50: 50 %\? write 0.5"),
-    "more than there is": ([*D, "--flops", "1e9"], r"Budget\(flops=1000000000\) is more than the model has \(50736\)"),
+    "more than there is": ([*D, "--flops", "1e9"], r"--flops 1000000000 is more than the model has \(50736\)"),
     "no budget": ([*D, "--flops", "nan"], "--flops nan: give a number above 0: up to 1 the fraction to keep"),
     "a budget in words": ([*D, "--params", "half"], "--params half: give a number above 0"),
-    "unreachable": ([*D, "--flops", "0.001"], r"Budget\(flops=0.001\) cannot be reached: .*, flops=0\.0404 remains"),
+    "unreachable": ([*D, "--flops", "0.001"], r"--flops 0.001 cannot be reached: .*, flops=0\.0404 remains"),
     "no epochs": ([*D, "--search-epochs", "0"], "--search-epochs 0: give a whole number of at least 1"),
     "words": ([*D, "--epochs", "many"], "--epochs many: give a whole number of at least 0"),
     "learning rate": ([*D, "--lr", "-1"], "--lr -1: give a number above 0"),
     "normalisation": ([*D, "--mean", "0.5", "--std", "0"], "--mean and --std: give as many numbers"),
-    "unreachable number": ([*D, "--flops", "400"], r"Budget\(flops=400\) cannot be reached: .*, flops=20\d\d remains"),
+    "unreachable number": ([*D, "--flops", "400"], r"--flops 400 cannot be reached: .*, flops=20\d\d remains"),
     "seed": ([*D, "--seed", "1e99"], "--seed 1e99: give a whole number of at least 0"),
     "device": ([*D, "--device", "abacus"], "there is no device abacus on this machine"),
     "folder": ([*D, "--out", "mynets.py"], "mynets.py cannot be made: File exists"),
@@ -222,6 +223,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 ) -> None:
     save_file({"0.weight": torch.zeros(1)}, "other.safetensors")
     (work / "latin.json").write_bytes(b'{"data": "\xff"}')
+    (work / "empty").mkdir()
     (work / "odd.json").write_text('{"flop": 0.5}')
     arguments, said = WRONG[name]
     assert compress(*arguments) == 2
@@ -405,3 +407,38 @@ def test_it_says_what_it_does(work: Path, capsys: Any) -> None:
     assert "--weights were given" not in capsys.readouterr().err and not any(
         "--weights" in note for note in read_report(work / "trained").notes
     )
+
+
+def test_onnx_is_written_in_multiples_that_suit_it(work: Path, capsys: Any) -> None:
+    pytest.importorskip("onnxscript")
+    assert compress("--data", "mydata:loaders", "--kwargs", '{"width": 48}', "--onnx") == 0
+    out = capsys.readouterr().out
+    assert "run/slim.onnx" in out and "channels were kept in multiples of 8" in out
+    slim = load_compressed(import_module("mynets").net(48), work / "run" / NETWORK).eval()
+    assert slim[0].out_channels % 8 == 0 and slim[4].out_channels % 8 == 0
+    session = onnxruntime.InferenceSession(work / "run" / "slim.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 3, 8, 8)
+    (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), slim(x).detach())
+
+
+def test_onnx_is_looked_for_at_the_start(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("dnal_nni.cli.run.find_spec", lambda name: None if name == "onnxscript" else True)
+    assert compress("--data", "mydata:loaders", "--onnx") == 2
+    assert "--onnx needs onnx and onnxscript: pip install onnx onnxscript" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_said_and_the_rest_is_there(work: Path, capsys: Any) -> None:
+    """A network whose forward asks the numbers in a tensor what to do, which no graph holds."""
+    (work / "asking.py").write_text(
+        "from mynets import net as plain\nfrom torch import nn\n"
+        "class Asking(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__(); self.body = plain()\n"
+        "    def forward(self, x):\n        return self.body(x * 1.0 if float(x.sum()) > 1e9 else x)\n"
+        "def net(): return Asking()\n"
+    )
+    arguments = ["compress", "asking:net", *SHORT, "--data", "mydata:loaders", "--out", "run", "--onnx"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "the smaller network cannot be exported to ONNX: " in out
+    assert {path.name for path in (work / "run").iterdir()} == {NETWORK, REPORT, PAGE}

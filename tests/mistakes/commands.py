@@ -45,6 +45,11 @@ def folder(stage: Stage) -> None:
             Path(f"photos/{kind}/{number}.png").write_text("no image")
 
 
+def flat(stage: Stage) -> None:
+    Path("flat").mkdir()
+    Path("flat/1.png").write_text("no image")
+
+
 def one_class(stage: Stage) -> None:
     Path("photos/photos/cat").mkdir(parents=True)
     for number in range(5):
@@ -82,11 +87,11 @@ COMMANDS: Mistakes = {
     ),
     "input of another colour": (
         typed("inspect mynets:net --input 1,1,8,8"),
-        "mynets:net rejects an input of shape (1, 1, 8, 8): Given groups=1, weight of size [12, 3",
+        "mynets:net rejects an input of shape (1, 1, 8, 8), float32: Given groups=1, weight of size [12, 3",
     ),
     "input that is too many": (
         typed("inspect mynets:net --input 1,3,8,8 --input 1,3,8,8"),
-        "mynets:net rejects an input of shape (1, 3, 8, 8) and (1, 3, 8, 8): Sequential.forward()",
+        "mynets:net rejects an input of shape (1, 3, 8, 8) and (1, 3, 8, 8), float32: Sequential.forward()",
     ),
     "a file for the network": (
         typed("inspect model.pt --input 1,3,8,8"),
@@ -236,6 +241,55 @@ COMMANDS: Mistakes = {
     "a mean of two colours": (
         typed(f"{RUN} --flops 0.5 --mean 0.5,0.5"),
         "--mean and --std: give as many numbers for one as for the other, and --std above 0",
+    ),
+    "dots for a colon": (
+        typed("inspect torchvision.models.resnet18 --input 1,3,32,32"),
+        "'torchvision.models.resnet18' does not name a network: write package.module:function; did you mean "
+        "torchvision.models:resnet18?",
+    ),
+    "a file for the module": (
+        typed("inspect ./mynets.py:net --input 1,3,8,8"),
+        "./mynets.py is a file, and no module: write mynets:net, from the folder that it is in",
+    ),
+    "a script that reads the command line": (
+        typed("inspect script:net --input 1,3,8,8", written("script.py", "import argparse, sys\nsys.exit(2)\n")),
+        "script ends the program (sys.exit): move what a script does, such as reading its arguments, below if",
+    ),
+    "numbers for a network of words": (
+        typed("inspect torch.nn:Embedding --kwargs '{\"num_embeddings\": 9, \"embedding_dim\": 4}' --input 1,6"),
+        "rejects an input of shape (1, 6), float32: Expected tensor for argument #1 'indices'",
+    ),
+    "a mean of colours up to 255": (
+        typed(f"{RUN} --flops 0.5 --mean 123,116,103 --std 58,57,57"),
+        "--mean and --std: colours are numbers from 0 to 1 here: divide by 255",
+    ),
+    "results among the classes": (
+        typed("compress mynets:net --data photos --out photos/half --flops 0.5", folder),
+        "--out photos/half is among the classes of photos: choose a folder outside of it",
+    ),
+    "more parameters than there are": (
+        typed(f"{RUN} --params 5e9"),
+        "--params 5000000000 is more than the model has (2187): give less, or a fraction up to 1",
+    ),
+    "flops that no structure has": (
+        typed(f"{RUN} --flops 0.001"),
+        "--flops 0.001 cannot be reached: with one unit left in each of the 2 channel groups that may be cut, flops=",
+    ),
+    "data of another type": (
+        typed("compress mynets:net --data mydata:double --out out --flops 0.5"),
+        "the model rejects an input of mydata:double of shape (1, 3, 8, 8), float64, on cpu: Input type (double)",
+    ),
+    "a folder of images without classes": (
+        typed("compress mynets:net --data flat --out out --flops 0.5", flat),
+        "flat is no folder of images by class: Couldn't find any class folder in flat.",
+    ),
+    "data sets for loaders": (
+        typed("compress mynets:net --data mydata:datasets --out out --flops 0.5"),
+        "mydata:datasets: the train loader needs __iter__ and __len__, as a DataLoader has",
+    ),
+    "one loader": (
+        typed("compress mynets:net --data mydata:one --out out --flops 0.5"),
+        "mydata:one() returns no pair (loader to train on, loader to test on or None)",
     ),
     "report of nothing": (typed("report runs/none"), "there is no report runs/none"),
     "report of a text": (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dnal_nni import Budget, compress
 
@@ -24,6 +24,13 @@ class Torn(Dataset[Any]):
         if index == 3:
             raise KeyError("row 3")
         return torch.randn(1, 8, 8), 0
+
+
+class Stream(IterableDataset[Any]):
+    """Has no length."""
+
+    def __iter__(self) -> Any:
+        return iter([(torch.randn(1, 8, 8), 0)])
 
 
 class Claims(list[Any]):
@@ -88,6 +95,55 @@ CALLS: Mistakes = {
         call(loader=lambda s: ((s.x, s.y) for _ in range(3))),
         "compress(loader=...) is a generator: give a DataLoader, or a list of batches; a generator has no length",
     ),
+    "compress: a loader without a length": (
+        call(loader=lambda s: DataLoader(Stream())),
+        "compress(loader=...) is a DataLoader of data without a length: give them a __len__, or a list of batches",
+    ),
+    "compress: a data set": (
+        call(loader=lambda s: TensorDataset(s.x, s.y)),
+        "compress(loader=...) is a TensorDataset: give a list, a DataLoader or whatever a loop can run over",
+    ),
+    "compress: a data set to validate on": (
+        call(validate=lambda s: TensorDataset(s.x, s.y)),
+        "compress(validate=...) is a TensorDataset: give a list, a DataLoader or whatever a loop can run over",
+    ),
+    "compress: batches of numpy": (
+        call(loader=lambda s: [(s.x.numpy(), s.y.numpy())]),
+        "compress(loader=...) gives (a float32 ndarray of shape [4, 1, 8, 8], an int64 ndarray of shape [4]), and",
+    ),
+    "compress: batches with a third": (
+        call(loader=lambda s: [(s.x, s.y, s.y)]),
+        "compress(loader=...) gives (a float32 Tensor of shape [4, 1, 8, 8], an int64 Tensor of shape [4], an int64",
+    ),
+    "compress: pixels that are bytes": (
+        call(loader=lambda s: [(s.x.byte(), s.y)]),
+        "the model rejects the dummy_input of shape (1, 1, 8, 8), uint8, on cpu: Input type (unsigned char)",
+    ),
+    "compress: labels in a column": (
+        call(loader=lambda s: [(s.x, s.y[:, None])]),
+        "compress(loss=...) fails on a float32 Tensor of shape [4, 10], which the model returns, and targets, an int64",
+    ),
+    "compress: a validation of vectors": (
+        call(validate=lambda s: [(s.x, F.one_hot(s.y, 10))]),
+        "the accuracy is of scores [batch, classes] and classes [batch], and not of a float32 Tensor of shape [4, 10]",
+    ),
+    "compress: a validation of two numbers": (
+        call(validate=lambda s: lambda model: (0.3, 98.0)),
+        "compress(validate=...) returns (0.3, 98.0): return a number, more is better",
+    ),
+    "compress: everything in its place but the budget's name": (
+        lambda s: compress(s.model, [(s.x, s.y)], F.cross_entropy, Budget(flops=0.5)),  # type: ignore[misc]
+        "compress: too many positional arguments; without a name it takes model, loader, loss",
+    ),
+    "compress: loader and model swapped": (
+        lambda s: compress([(s.x, s.y)], s.model, budget=Budget(flops=0.5)),  # type: ignore[arg-type]
+        "compress(loader=...) is a Net: give a list, a DataLoader or whatever a loop can run over",
+    ),
+    "compress: a checkpoint in a folder that is none": (
+        call(checkpoint=lambda s: "none/run.safetensors"),
+        "none/run.safetensors cannot be written: there is no folder none",
+    ),
+    "compress: a folder for the checkpoint": (call(checkpoint=lambda s: "."), ". cannot be read: "),
     "compress: batches that are dicts": (
         call(loader=lambda s: [{"image": s.x}]),
         "compress(loader=...) gives {'image': a float32 Tensor of shape [4, 1, 8, 8]}, and should give (inputs,",

@@ -68,6 +68,10 @@ CUTS: Mistakes = {
         "repair(inputs): the model rejects [(a float32 Tensor of shape [4, 1, 8, 8], an int64 Tensor of shape [4])]",
     ),
     "repair with one example": (repaired(lambda s: s.x[:1]), "repair(inputs): give two examples or more in a batch"),
+    "repair swapped": (
+        lambda s: (p := s.searched()).repair(s.x, p.speedup()),  # type: ignore[arg-type]
+        "repair(slim=...) is a float32 Tensor of shape [4, 1, 8, 8]: give a torch.nn.Module",
+    ),
     "repair with text": (repaired(lambda s: "data"), "repair(inputs): give two examples or more in a batch"),
     "harden is given a list": (
         hardened([True] * 8),

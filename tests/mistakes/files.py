@@ -303,6 +303,10 @@ def setting(name: str, value: Any) -> Any:
 
 
 REPORTS: Mistakes = {
+    "a page to a file": (
+        lambda s: report_of(s).to_html("page.html"),  # type: ignore[call-arg]
+        "to_html: too many positional arguments; it takes none",
+    ),
     "accuracy is one number": (setting("accuracy", 98.0), "report.accuracy is 98.0: give two numbers, (before, after)"),
     "accuracy has three numbers": (
         setting("accuracy", (98.0, 97.0, 96.0)),

@@ -50,6 +50,22 @@ def learning(optimizer: Any) -> Any:
     return do
 
 
+def stepped_twice(stage: Stage) -> None:
+    pruner, optimizer = stage.prune(), sgd(stage.model)
+    with pruner.search(4, optimizer=optimizer, progress=False) as search:
+        for _ in range(4):
+            search.step(stage.loss())
+            optimizer.step()
+
+
+def resumed_in_the_search(stage: Stage) -> None:
+    pruner = stage.prune()
+    pruner.save_checkpoint("search.safetensors")
+    with pruner.search(3, progress=False) as search:
+        search.step(stage.loss())
+        pruner.load_checkpoint("search.safetensors")
+
+
 def step_outside(stage: Stage) -> None:
     search, loss = stage.prune().search(5, progress=False), stage.loss()
     stage.keep(stage.model)  # norm statistics have moved with the user's forward
@@ -144,19 +160,19 @@ SEARCHES: Mistakes = {
     ),
     "steps is 0": (
         lambda s: s.prune().search(0),
-        "search(steps=0): must be a whole number >= 1, how many batches you will give it",
+        "search(steps=0): must be a whole number >= 1, how many batches you give it",
     ),
     "steps is negative": (
         lambda s: s.prune().search(-3),
-        "search(steps=-3): must be a whole number >= 1, how many batches you will give it",
+        "search(steps=-3): must be a whole number >= 1, how many batches you give it",
     ),
     "steps is a float": (
         lambda s: s.prune().search(1e3),
-        "search(steps=1000.0): must be a whole number >= 1, how many batches you will give it",
+        "search(steps=1000.0): must be a whole number >= 1, how many batches you give it",
     ),
     "steps is text": (
         lambda s: s.prune().search("100"),
-        "search(steps='100'): must be a whole number >= 1, how many batches you will give it",
+        "search(steps='100'): must be a whole number >= 1, how many batches you give it",
     ),
     "steps is a loader": (
         lambda s: s.prune().search([(s.x, s.y)]),
@@ -164,12 +180,12 @@ SEARCHES: Mistakes = {
     ),
     "steps is None": (
         lambda s: s.prune().search(None),
-        "search(steps=None): must be a whole number >= 1, how many batches you will give it",
+        "search(steps=None): must be a whole number >= 1, how many batches you give it",
     ),
     "steps is missing": (lambda s: s.prune().search(), "search: missing a required argument: 'steps'"),
     "steps is True": (
         lambda s: s.prune().search(True),
-        "search(steps=True): must be a whole number >= 1, how many batches you will give it",
+        "search(steps=True): must be a whole number >= 1, how many batches you give it",
     ),
     "progress is text": (
         lambda s: s.prune().search(4, progress="no"),
@@ -278,6 +294,22 @@ SEARCHES: Mistakes = {
     "backward ahead of step": (
         _steps_with(backward_first),
         "step(loss) makes the backward pass itself: leave out loss.backward(), or make loss anew from",
+    ),
+    "a step of the optimizer behind step": (
+        stepped_twice,
+        "optimizer.step() beside step(loss), which makes the step of the weights itself: leave it out, or the weights",
+    ),
+    "a loss and its labels": (
+        lambda s: s.prune().search(2, progress=False).step(s.x, s.y),  # type: ignore[call-arg]
+        "step: too many positional arguments; without a name it takes loss",
+    ),
+    "resumed in the midst of a search": (
+        resumed_in_the_search,
+        "the search is at 1 of its 3 steps: leave its `with` first",
+    ),
+    "steps by the name of epochs": (
+        lambda s: s.prune().search(epochs=3),  # type: ignore[call-arg]
+        "search: missing a required argument: 'steps'; it takes steps, optimizer, progress",
     ),
     "step without a loss": (
         lambda s: s.prune().search(2, progress=False).step(),

@@ -106,6 +106,18 @@ BUDGETS: Mistakes = {
 }
 
 SETTINGS: Mistakes = {
+    "no multiple to try": (
+        lambda s: s.prune(channel_multiple=[]),
+        "channel_multiple=[]: must be a whole number >= 1, or several to try",
+    ),
+    "the type of a layer with its module": (
+        lambda s: s.prune(config=[{"op_types": ["nn.Conv2d"]}]),
+        "config_list[0]: the model has no layer of type 'nn.Conv2d' (op_types); did you mean 'Conv2d'?",
+    ),
+    "exclude by a pattern": (
+        lambda s: s.prune(exclude=["conv*"]),
+        "exclude: 'conv*' is no layer of the model; did you mean",
+    ),
     "verify_seconds as text": (
         lambda s: s.prune(verify_seconds="60"),
         "DNALPruner(verify_seconds=...) is '60': give a number",
