@@ -9,6 +9,7 @@ widths.png, a picture.
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import sys
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=0.5, help="fraction of the FLOPs to keep")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what takes how long, and what the bars show
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the network is small: more threads would spend their time waiting for each other

@@ -134,6 +134,7 @@ class Search:
         if error is None:
             broadcast_(*self.model.buffers())  # norm statistics are each rank's own
             self.seconds = time.perf_counter() - self._started
+            logger.info("searching, %d of %d steps: %.1f s", self.done, self.steps, self.seconds)
         if isinstance(error, DNALError):
             self.restore()
 

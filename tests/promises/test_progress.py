@@ -40,4 +40,5 @@ def test_a_search_says_what_it_does(
     between = [line for line in said if line.startswith("searching, 8 steps: cost is ")]
     assert len(between) == 1
     told = [line for what in reading for line in (f"{what} ...", f"{what}: S")]
+    between += ["searching, 8 of 8 steps: S"]
     assert said == told + between + [line for what in cutting for line in (f"{what} ...", f"{what}: S")]
