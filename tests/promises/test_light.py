@@ -55,3 +55,27 @@ def test_a_small_network_is_inspected_without_what_it_does_not_need(tmp_path: Pa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "can be cut" in done.stdout, done.stderr
+
+
+def test_the_first_pruner_costs_little_beside_what_torch_and_nni_do() -> None:
+    """In seconds of CPU, without Lightning and transformers, which NNI imports where they are installed.
+
+    All of it is below 3 on a machine at rest, more than 2 of which are torch's and NNI's own.
+    """
+    code = (
+        "import sys, time\n"
+        "sys.modules.update(pytorch_lightning=None, transformers=None)\n"
+        "import torch, nni, nni.compression\n"
+        "start = time.process_time()\n"
+        "from dnal_nni import Budget, DNALPruner\n"
+        "nn = torch.nn\n"
+        "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))\n"
+        "x = torch.randn(1, 3, 8, 8)\n"
+        "DNALPruner(net, [{'op_types': ['Conv2d']}], dummy_input=x, budget=Budget(flops=0.5))\n"
+        "print(time.process_time() - start)\n"
+        "heavy = {'torchvision', 'torch._dynamo', 'matplotlib', 'sympy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.2
