@@ -1,6 +1,6 @@
 """Search how two modalities are fused, and count what people still decide.
 
-    python examples/multimodal.py --data builtin --epochs 1 --retrain 2 --samples 2 --proxy 1 --final 1 --out out/look
+    python examples/multimodal.py --data builtin --epochs 1 --samples 2 --proxy 1 --final 2 --out out/look
     apt-get install espeak-ng && python examples/multimodal.py --seeds 0 1 2 3 4 --out out/multimodal
 
 The first is a look at it, in under a minute on one CPU core, on a pair that needs nothing installed; the second takes
@@ -53,6 +53,14 @@ Data = tuple[Pairs, Pairs, Pairs]  # to train on, to choose by, to test on
 Found = tuple[nn.Module, Interventions, int, int]  # a network, decisions behind it, epochs and trainings that it took
 
 
+def paired(x: Tensor, y: Tensor) -> Tensor:
+    """A batch whose pictures got the sounds of others of their digit: pairs are learned by heart, digits are not."""
+    order = torch.randperm(len(y))
+    here, there = y.argsort(stable=True), order[y[order].argsort(stable=True)]
+    sounds = torch.empty_like(x[:, 1:]).index_copy(0, here, x[there, 1:])
+    return torch.cat((x[:, :1], sounds), 1)
+
+
 def train(model: nn.Module, data: Pairs, epochs: int, seed: int) -> None:
     """SGD with a one-cycle learning rate."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +71,7 @@ def train(model: nn.Module, data: Pairs, epochs: int, seed: int) -> None:
     for _ in range(epochs):
         for rows in torch.randperm(len(data.y), generator=generator).split(BATCH)[: len(data.y) // BATCH]:
             optimizer.zero_grad()
-            F.cross_entropy(model(data.x[rows]), data.y[rows]).backward()
+            F.cross_entropy(model(paired(data.x[rows], data.y[rows])), data.y[rows]).backward()
             optimizer.step()
             schedule.step()
 
@@ -81,7 +89,7 @@ class Training(LightningModule):
         return y
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+        return F.cross_entropy(self(paired(*batch)), batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("accuracy", 100 * (self(batch[0]).argmax(1) == batch[1]).float().mean())
@@ -107,15 +115,15 @@ def evaluator(data: Data, epochs: int, seed: int) -> Lightning:
 
 
 def by_hand(data: Data, args: argparse.Namespace, seed: int, modalities: tuple[int, ...]) -> Found:
-    """A network as people make it, trained for as many epochs as `DNALStrategy` and its network together."""
+    """A network as people make it, trained for as many epochs as `DNALStrategy` and what it finds together."""
     model = ByHand(modalities)
     pruner = DNALPruner(ByHand(modalities), [{"op_types": ["Conv2d", "Linear"]}], dummy_input=data[0].x[:1])
     pruner.harden({})  # no search: every width stays as it was made
     pruner.speedup()
     made = pruner.report.interventions
     assert made is not None
-    train(model, data[0], args.epochs + args.retrain, seed)
-    epochs = args.epochs + args.retrain
+    epochs = args.epochs + args.final
+    train(model, data[0], epochs, seed)
     return model, dataclasses.replace(made, changed={"epochs": epochs}), epochs, 1
 
 
@@ -165,13 +173,9 @@ def learned(data: Data, args: argparse.Namespace, seed: int) -> Found:
     model = strategy.slim_model()
     made = strategy.report.interventions
     assert made is not None
-    train(model, data[0], args.retrain, seed)
-    return (
-        model,
-        dataclasses.replace(made, changed=made.changed | {"epochs": args.epochs, "retrain": args.retrain}),
-        args.epochs + args.retrain,
-        2,
-    )
+    train(model, data[0], args.final, seed)
+    made = dataclasses.replace(made, changed=made.changed | {"epochs": args.epochs, "final": args.final})
+    return model, made, args.epochs + args.final, 2
 
 
 METHODS: dict[str, Callable[[Data, argparse.Namespace, int], Found]] = {
@@ -240,12 +244,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("spoken", "builtin"), default="spoken")
     parser.add_argument("--flops", type=float, default=700e3, help="budget of every network")
-    parser.add_argument("--epochs", type=int, default=10, help="of DNALStrategy's search, half of them its warmup")
-    parser.add_argument("--retrain", type=int, default=18, help="epochs of the network found")
-    parser.add_argument("--samples", type=int, default=16, help="networks that random search tries")
-    parser.add_argument("--proxy", type=int, default=3, help="epochs of each of them")
+    parser.add_argument("--epochs", type=int, default=12, help="of DNALStrategy's search, half of them its warmup")
+    parser.add_argument("--samples", type=int, default=30, help="networks that random search tries")
+    parser.add_argument("--proxy", type=int, default=6, help="epochs of each of them")
     parser.add_argument("--finalists", type=int, default=3, help="best ones that are trained to the end")
-    parser.add_argument("--final", type=int, default=12, help="epochs of each of these")
+    parser.add_argument("--final", type=int, default=28, help="epochs of these, and of what DNALStrategy finds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("out/multimodal"))

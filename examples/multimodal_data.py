@@ -1,9 +1,9 @@
 """Pairs of a digit's picture and its spoken name, for multimodal.py.
 
 The pictures are scikit-learn's handwritten digits, real. The speech is synthetic: espeak-ng's voices say the digits,
-other utterances of the same half babble over them. Pictures are split by sample, speech by voice, and pairs are made
-within each half. As in AV-MNIST the pictures lose the leading principal components, which hold most of their energy:
-as they are, they would need no help.
+others of the same part babble over them. Pictures are split by sample, speech by voice, and pairs are made within each
+part: to choose by voices that were trained on would be to choose what knows them by heart. As in AV-MNIST the pictures
+lose the leading principal components, which hold most of their energy: as they are, they would need no help.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ TRAIN_VOICES = (
 )
 TRAIN_VOICES += " f1 f2 f5 grandma iven iven3 linda m1 m3 m5 m7 max"
 TEST_VOICES = "Alicia Andrea Diogo Hugo Marco edward f3 f4 grandpa john m2 m4"
+Halves = dict[str, tuple[list[np.ndarray], np.ndarray]]  # by name, utterances and their digits
 RATE, BINS = 8000, 16  # Hz; of the spectrogram, along time and along frequency
 BABBLE, TAKEN = 3, 0.75  # voices over each utterance; share of the energy that the pictures lose
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
@@ -55,7 +56,7 @@ def say(word: str, voice: str, speed: int, pitch: int) -> np.ndarray:
     return np.interp(at, np.arange(len(sound)), smooth)
 
 
-def speech(cache: Path, accents: list[str]) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
+def speech(cache: Path, accents: list[str]) -> Halves:
     """By half, utterances and their digits; kept in ``cache`` once they are spoken."""
     file = cache / f"speech-{len(accents)}.npz"
     if not file.exists():
@@ -105,50 +106,62 @@ def spectrogram(sound: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(0, np.minimum(up, down)) @ power.T + 1e-4)
 
 
-def without_leading(train: np.ndarray, test: np.ndarray, taken: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures ``[n, 64]`` less the principal components of ``train`` that hold ``taken`` of its energy."""
-    mean = train.mean(0)
-    _, strength, axes = np.linalg.svd(train - mean, full_matrices=False)
+def parted(halves: Halves, each: int, rng: np.random.Generator) -> Halves:
+    """The voices to train on without some of them, which are "held", and those to test on; ``each`` utterances each."""
+    sounds, digits = halves["train"]
+    voices = rng.permutation(len(sounds) // each)
+    cut = round(VALIDATION_SHARE * len(voices))
+    parts = {"train": sorted(voices[cut:]), "held": sorted(voices[:cut])}
+    rows = {part: [each * v + i for v in chosen for i in range(each)] for part, chosen in parts.items()}
+    return {part: ([sounds[i] for i in chosen], digits[chosen]) for part, chosen in rows.items()} | {
+        "test": halves["test"]
+    }
+
+
+def without_leading(parts: dict[str, np.ndarray], taken: float) -> dict[str, np.ndarray]:
+    """Pictures ``[n, 64]`` less the principal components of "train" that hold ``taken`` of its energy."""
+    mean = parts["train"].mean(0)
+    _, strength, axes = np.linalg.svd(parts["train"] - mean, full_matrices=False)
     leading = axes[: int(np.searchsorted(np.cumsum(strength**2) / (strength**2).sum(), taken)) + 1]
-    less = [x - mean - (x - mean) @ leading.T @ leading for x in (train, test)]
-    return less[0], less[1]
+    return {part: x - mean - (x - mean) @ leading.T @ leading for part, x in parts.items()}
 
 
 def pairs(kind: str, cache: Path, seed: int, decibels: float = 0.0, accents: int = 5) -> tuple[Pairs, Pairs, Pairs]:
-    """To train on, to choose by, to test on; ``seed`` pairs and babbles, the halves are always the same.
+    """To train on, to choose by, to test on, no voice and no picture in two of them.
+
+    What is tested on is always the same but for babble and pairs.
 
     Args:
         kind: "spoken", or "builtin": in place of speech the profiles of the same picture, which is no second modality
             and needs nothing installed.
         cache: folder for the speech.
-        seed: of pairs and babble.
+        seed: of pairs, of babble, and of what is chosen by.
         decibels: how much louder than the babble the utterance is.
         accents: how many of each voice.
     """
     rng, digits = np.random.default_rng(seed), load_digits()
     halves = train_test_split(digits.data, digits.target, test_size=TEST_SHARE, stratify=digits.target, random_state=0)
-    pictures = dict(zip(("train", "test"), without_leading(halves[0], halves[1], TAKEN)))
-    labels = {"train": halves[2], "test": halves[3]}
-    spoken = speech(cache, ACCENTS[:accents]) if kind == "spoken" else None
+    rows, held_rows = train_test_split(
+        np.arange(len(halves[0])), test_size=VALIDATION_SHARE, stratify=halves[2], random_state=seed
+    )
+    square = {"train": halves[0][rows], "held": halves[0][held_rows], "test": halves[1]}
+    labels = {"train": halves[2][rows], "held": halves[2][held_rows], "test": halves[3]}
+    pictures = without_leading(square, TAKEN)
+    spoken = parted(speech(cache, ACCENTS[:accents]), 10 * accents, rng) if kind == "spoken" else None
     made = {}
-    for half, images in pictures.items():
+    for part, images in pictures.items():
         picture = F.interpolate(torch.tensor(images).view(-1, 1, 8, 8), scale_factor=2.0)
         if spoken is None:
-            square = torch.tensor(halves[half == "test"]).view(-1, 8, 8)
-            profile = (
-                square.mean(1)[:, :, None] + square.mean(2)[:, None] + 4 * torch.tensor(rng.normal(size=square.shape))
-            )
-            made[half] = torch.cat((picture, F.interpolate(profile[:, None], scale_factor=2.0)), 1), labels[half]
+            whole = torch.tensor(square[part]).view(-1, 8, 8)
+            noise = 4 * torch.tensor(rng.normal(size=whole.shape))
+            profile = whole.mean(1)[:, :, None] + whole.mean(2)[:, None] + noise
+            made[part] = torch.cat((picture, F.interpolate(profile[:, None], scale_factor=2.0)), 1), labels[part]
             continue
-        sounds, said = spoken[half]
+        sounds, said = spoken[part]
         heard = torch.tensor(np.stack([spectrogram(sound) for sound in babbled(sounds, decibels, rng)]))
         # every utterance once, each with a picture of its digit
-        which = np.array([rng.choice(np.flatnonzero(labels[half] == digit)) for digit in said])
-        made[half] = torch.cat((picture[which], heard[:, None]), 1), said
+        which = np.array([rng.choice(np.flatnonzero(labels[part] == digit)) for digit in said])
+        made[part] = torch.cat((picture[which], heard[:, None]), 1), said
     mean, deviation = (f(made["train"][0], (0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    train, test = (
-        Pairs(((x - mean) / deviation).float(), torch.tensor(y).long()) for x, y in (made["train"], made["test"])
-    )
-    order = torch.tensor(rng.permutation(len(train.y)))
-    held, rest = order.split([round(VALIDATION_SHARE * len(order)), len(order) - round(VALIDATION_SHARE * len(order))])
-    return Pairs(train.x[rest], train.y[rest]), Pairs(train.x[held], train.y[held]), test
+    train, held, test = (Pairs(((x - mean) / deviation).float(), torch.tensor(y).long()) for x, y in made.values())
+    return train, held, test

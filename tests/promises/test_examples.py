@@ -8,6 +8,9 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+
+from dnal_nni import measure
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -65,7 +68,7 @@ def test_multimodal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its short form, on the pair that needs nothing installed; without espeak-ng it says what to install."""
     pytest.importorskip("pytorch_lightning")
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "multimodal.py"), "--out", str(tmp_path)]
-    short = ["--data", "builtin", "--epochs", "1", "--retrain", "2", "--samples", "2", "--proxy", "1", "--final", "1"]
+    short = ["--data", "builtin", "--epochs", "1", "--samples", "2", "--proxy", "1", "--final", "2"]
     out = subprocess.run([*command, *short], check=True, capture_output=True, text=True).stdout
     runs = {run["method"]: run for run in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
     assert len(runs) == 5 and all(method in out for method in runs)
@@ -74,7 +77,7 @@ def test_multimodal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hand["searched"] and hand["fixed"] == {"operations": 6, "widths": 5}
     for kind in ("operations", "depths"):
         assert learned["searched"][kind] == drawn["searched"][kind] > 5
-    assert learned["fixed"] == drawn["fixed"] == {"operations": 4}
+    assert learned["fixed"] == drawn["fixed"] == {"operations": 1}
     assert max(drawn["count"], learned["count"]) < hand["count"] == 12
     assert (drawn["candidates"], learned["candidates"], learned["epochs"]) == (2, 0, 1)
     assert all(run["flops"] <= 1.01 * 700e3 for run in runs.values())
@@ -82,6 +85,21 @@ def test_multimodal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # where no espeak-ng is
     said = subprocess.run([*command, "--out", str(tmp_path / "spoken")], capture_output=True, text=True)
     assert said.returncode == 1 and "apt-get install espeak-ng" in said.stderr
+
+
+def test_the_space_of_two_modalities_holds_what_is_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late fusion by hand is one of its networks: as many FLOPs, as many weights."""
+    nas = pytest.importorskip("nni.nas.space")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from multimodal_space import ByHand, Space  # type: ignore[import-not-found]
+
+    kinds = {"depth": 1, "op": "conv5", "fusion": "concat", "place": "late", "width1": 8, "width2": 16, "hidden": 84}
+    sample = {label: next(v for kind, v in kinds.items() if kind in label) for label in Space().simplify()}
+    with nas.model_context(sample):
+        found = Space()
+    hand, x = ByHand(), torch.randn(1, 2, 16, 16)
+    assert measure(found, x).flops == measure(hand, x).flops
+    assert sorted(p.shape for p in found.parameters()) == sorted(p.shape for p in hand.parameters())
 
 
 @pytest.mark.slow
