@@ -184,11 +184,6 @@ class Search:
             self._ask_for_less()
             return
         if self.learns_weights:
-            if self.done == 0 and not self.model.training:
-                logger.warning(
-                    "the model is in eval mode, and searched with frozen norm statistics and without dropout: call "
-                    "model.train() ahead of the loop"
-                )
             self._weights.begin()
         penalised = self.penalised(loss)
         with told_of_backward():
@@ -231,6 +226,11 @@ class Search:
         """The step of the gates, between a backward pass and the weights' own step."""
         if self.done >= self.steps:
             return
+        if self.done == 0 and not self.model.training:
+            logger.warning(
+                "the model is in eval mode, and searched with frozen norm statistics and without dropout: call "
+                "model.train() ahead of the loop"
+            )
         if not self.learns_weights:
             for parameter in self._trainable:
                 parameter.grad = None  # frozen: not even decay or momentum may move a weight

@@ -42,14 +42,21 @@ def test_a_search_that_ended_early_says_so(
     assert sentence in str(pruner.report)
 
 
+@pytest.mark.parametrize("learning", ["weights too", "gates alone", "somebody else's loop"])
 def test_eval_mode_in_a_search_is_said(
-    small: nn.Module, x: Tensor, batches: Batches, caplog: pytest.LogCaptureFixture
+    learning: str, small: nn.Module, x: Tensor, batches: Batches, caplog: pytest.LogCaptureFixture
 ) -> None:
     pruner = pruner_of(small.eval(), x)
-    optimizer = torch.optim.SGD(small.parameters(), 0.01)
+    optimizer = None if learning == "gates alone" else torch.optim.SGD(small.parameters(), 0.01)
     with pruner.search(2, optimizer=optimizer, progress=False) as search:
         for images, labels in batches[:2]:
-            search.step(F.cross_entropy(small(images), labels))
+            loss = F.cross_entropy(small(images), labels)
+            if learning == "somebody else's loop":
+                loss.backward()
+                search.before_optimizer_step()
+                search.after_optimizer_step()
+            else:
+                search.step(loss)
     said = [record.message for record in caplog.records if "eval mode" in record.message]
     assert len(said) == 1 and "model.train()" in said[0]
 
@@ -110,6 +117,16 @@ def test_no_size_is_said_where_a_search_decides_it(
     sentence = "no size was asked for, neither by a budget nor by a sparse_ratio: lambda_=0.0001 alone rules"
     assert [sentence in record.message for record in caplog.records].count(True) == 1
     assert sentence in str(pruner.report)
+
+
+@pytest.mark.parametrize("flops", [0.999, 0.5])
+def test_nothing_to_cut_is_said(flops: float, small: nn.Module, x: Tensor, batches: Batches) -> None:
+    pruner = pruner_of(small, x, budget=Budget(flops=flops))
+    with pruner.search(len(batches), progress=False) as search:
+        for images, labels in batches:
+            search.step(F.cross_entropy(small(images), labels))
+    pruner.speedup()
+    assert ("nothing was cut: uncut, the network costs" in str(pruner.report)) == (flops == 0.999)
 
 
 def test_steps_beyond_the_last_say_so_once(
