@@ -170,6 +170,6 @@ def _multiples(plan: Plan) -> list[str]:
     if plan.channel_multiple == 1 or len(plan.tried) == 1:
         return []
     return [
-        f"channels were kept in multiples of {plan.channel_multiple}, which suit latency, GPUs and ONNX: channel_multiple=1 "
-        "lets widths be what they learn to be"
+        f"channels were kept in multiples of {plan.channel_multiple}, which suit latency, GPUs and ONNX: "
+        "channel_multiple=1 lets widths be what they learn to be"
     ]
