@@ -20,7 +20,7 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.space import model_context
 from supernet_space import DIGITS, Supernet
 
-from dnal_nni import Budget, DNALError, DNALStrategy, measure
+from dnal_nni import Budget, DNALError, DNALStrategy, PrimeStrategy, TopologyStrategy, measure
 from dnal_nni.modules.choices import Choice, Mixture
 from dnal_nni.plugin.space import Space
 from dnal_nni.plugin.strategies.searching import Searching
@@ -47,6 +47,22 @@ def test_a_toy_space_to_a_retrained_network() -> None:
     assert {kind: made.searched[kind] for kind in ("operations", "depths", "inputs")} == {
         "operations": 2, "depths": 1, "inputs": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: DNALStrategy(Budget(flops=0.5), width=False), "got an unexpected .* 'width'; did you mean 'widths'"),
+        (lambda: DNALStrategy(), "missing a required argument: 'budget'"),
+        (lambda: DNALStrategy(Budget(flops=0.5), verify_seconds="60"), r"verify_seconds=...\) is '60': give a number"),
+        (lambda: PrimeStrategy(Budget(flops=0.5)), "too many positional arguments"),
+        (lambda: TopologyStrategy(op="gates"), "unexpected keyword argument 'op'; did you mean 'ops'"),
+        (lambda: DNALStrategy(Budget(flops=0.5))(nn.Linear(2, 2), evaluator()), "is a Linear, without choices: give"),
+    ],
+)
+def test_wrong_arguments_are_a_sentence(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(DNALError, match=said):
+        make()
 
 
 def test_weights_learn_in_the_warmup_and_gates_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

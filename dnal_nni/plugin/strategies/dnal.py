@@ -9,6 +9,7 @@ from typing import Any
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.nn.pytorch import ModelSpace
 
+from ...arguments import checked_but
 from ...budget import Budget
 from ...errors import DNALError
 from ...modules.choices import Choice
@@ -51,6 +52,7 @@ class DNALStrategy(SupernetStrategy):
         DNALError: for a mutable that it cannot learn, by name, and for anything else that the caller can mend.
     """
 
+    @checked_but("budget", "warmup", "single_path", "widths", "sequential")
     def __init__(
         self,
         budget: Budget,

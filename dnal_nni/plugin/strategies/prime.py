@@ -9,7 +9,7 @@ from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.nn.pytorch import ModelSpace
 from torch import Tensor, nn
 
-from ...arguments import fits, shown
+from ...arguments import checked_but, fits, shown
 from ...errors import DNALError
 from ...modules.choices import Choice
 from ...plan import Method, Plan
@@ -83,6 +83,7 @@ class PrimeStrategy(SupernetStrategy):
         DNALError: for a mutable that it cannot learn, by name, and for anything else that the caller can mend.
     """
 
+    @checked_but("activation", "regularizer", "rho", "schedule", "arch_lr", "sequential")
     def __init__(
         self,
         *,

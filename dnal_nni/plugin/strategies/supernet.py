@@ -14,6 +14,7 @@ from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace
 from torch import Tensor, nn
 
+from ...arguments import shown
 from ...budget import Budget
 from ...errors import DNALError
 from ...modules.choices import Mixture
@@ -53,6 +54,11 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
         if isinstance(model_space, ModelSpace):
             model_space = RawFormatModelSpace.from_model(model_space, engine)
             engine = SequentialExecutionEngine()
+        elif isinstance(model_space, nn.Module):
+            raise DNALError(
+                f"the model space is {shown(model_space)}, without choices: give a ModelSpace of nni.nas; DNALPruner "
+                "searches the widths of a network"
+            )
         super().__call__(model_space, engine)
 
     # -- what a strategy is -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.nn.pytorch import ModelSpace
 from torch import Tensor, nn
 
-from ...arguments import fits, shown
+from ...arguments import checked_but, fits, shown
 from ...budget import Budget
 from ...errors import DNALError
 from ...modules.cells import Topology
@@ -87,6 +87,7 @@ class TopologyStrategy(SupernetStrategy):
         DNALError: for a mutable that it cannot learn, by name, and for anything else that the caller can mend.
     """
 
+    @checked_but("topology", "ops", "budget", "warmup", "arch_lr", "sequential")
     def __init__(
         self,
         topology: Topology = USUAL,
