@@ -2,10 +2,16 @@
 
     python examples/supernet.py --out out/supernet
     python examples/supernet.py --data fashion --root DIR --images 10000 --epochs 10 --out out/supernet_fashion
+    python examples/supernet.py --strategy prime --out out/prime
+    python examples/supernet.py --strategy topology --out out/topology
 
 The first takes one to two minutes on one CPU core and downloads nothing; expect some 99 % accuracy. DIR holds
 FashionMNIST/raw. Needs pytorch_lightning: pip install -e ".[examples,lightning]". Writes OUT/network.png, the
 operations and widths that were kept, OUT/network.safetensors and OUT/report.json.
+
+- dnal: DNALStrategy, candidates and widths under a budget. prime: PrimeStrategy, one candidate a layer; a part of the
+  training images is for its architecture. topology: TopologyStrategy, on two cells: which inputs every node reads, and
+  which operation on each. gates: that, with DNAL's gates under the budget.
 """
 
 from __future__ import annotations
@@ -29,9 +35,10 @@ with warnings.catch_warnings():
     from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 
 from quickstart import accuracy, digits
-from supernet_space import DIGITS, FASHION, Supernet
+from supernet_space import DIGITS, FASHION, Cells, Supernet
 
-from dnal_nni import Budget, DNALStrategy, save_compressed
+from dnal_nni import Budget, DNALStrategy, PrimeStrategy, TopologyStrategy, save_compressed
+from dnal_nni.modules.cells import Node
 from dnal_nni.modules.choices import Mixture
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images to train on, to test on, labels of both
@@ -101,8 +108,10 @@ def layers(supernet: nn.Module, slim: nn.Module) -> dict[str, dict[str, tuple[in
     cut = dict(slim.named_modules())
 
     def width(candidate: nn.Module | None) -> int:
-        convs = [] if candidate is None else [m for m in candidate.modules() if isinstance(m, nn.Conv2d)]
-        return convs[-1].in_channels if convs else 0
+        if candidate is None:
+            return 0
+        convs = [m for m in candidate.modules() if isinstance(m, nn.Conv2d)]
+        return convs[-1].in_channels if convs else 1
 
     return {
         module.label: {name: (width(cut.get(f"{path}.{name}")), width(getattr(module, name))) for name in module.names}
@@ -139,8 +148,40 @@ def picture(kept: dict[str, dict[str, tuple[int, int]]], title: str, path: Path)
     figure.savefig(path, dpi=120)
 
 
+def wiring(slim: nn.Module, title: str, path: Path) -> None:
+    """The nodes of a cell, what each of them reads, and by which operation."""
+    from matplotlib.figure import Figure
+
+    nodes = {module.label: module for module in slim.modules() if isinstance(module, Node)}
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    axes.set_axis_off()
+    place = {0: (0.0, 1.0), 1: (0.0, -1.0)} | {j: (2.0 * (j - 1), 0.5 * (-1) ** j) for j in range(2, 2 + len(nodes))}
+    for number, (x, y) in place.items():
+        name = f"input {number}" if number < 2 else f"node {number - 1}"
+        axes.text(x, y, name, ha="center", va="center", bbox={"boxstyle": "round", "facecolor": "lightblue"})
+    for number, node in enumerate(nodes.values(), 2):
+        for source, edge in node.edges.items():
+            (x0, y0), (x1, y1) = place[source], place[number]
+            arrow = {"arrowstyle": "-|>", "shrinkA": 25, "shrinkB": 25}
+            axes.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
+            what = " + ".join(unit.rpartition("_from_")[0] for unit in edge.units)
+            axes.text(0.45 * x0 + 0.55 * x1, 0.45 * y0 + 0.55 * y1, what, ha="center", fontsize=8, color="darkred")
+    axes.set_xlim(-1, 2 * len(nodes) + 1)
+    axes.set_ylim(-1.5, 1.5)
+    figure.savefig(path, dpi=120)
+
+
+def held_out(data: Data, seed: int) -> Data:
+    """The training images alone: ten elevenths for the weights, the rest for an architecture, as its tests."""
+    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
+    own, rest = order[len(order) // 11 :], order[: len(order) // 11]
+    return data[0][own], data[0][rest], data[2][own], data[2][rest]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", choices=("dnal", "prime", "topology", "gates"), default="dnal")
     parser.add_argument("--data", choices=("digits", "fashion"), default="digits")
     parser.add_argument("--root", type=Path, default=Path("data"), help="directory of FashionMNIST/raw")
     parser.add_argument("--images", type=int, default=60_000, help="of Fashion-MNIST, to train on")
@@ -158,9 +199,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     data = digits() if args.data == "digits" else fashion(args.root, args.images)
-    space = Supernet(**(DIGITS if args.data == "digits" else FASHION))
-    strategy = DNALStrategy(Budget(flops=args.flops), single_path=args.single_path, sequential=args.sequential)
-    strategy(space, evaluator(data, args.epochs, 0.05, args.seed))
+    space: Any = Supernet(**(DIGITS if args.data == "digits" else FASHION))
+    strategy: Any = DNALStrategy(Budget(flops=args.flops), single_path=args.single_path, sequential=args.sequential)
+    seen = data
+    if args.strategy == "prime":
+        strategy = PrimeStrategy(sequential=args.sequential)
+        seen = held_out(data, args.seed)
+    elif args.strategy in ("topology", "gates"):
+        space, budget = Cells(), Budget(flops=args.flops) if args.strategy == "gates" else None
+        ops = "softmax" if budget is None else "gates"
+        strategy = TopologyStrategy(ops=ops, budget=budget, sequential=args.sequential)
+    strategy(space, evaluator(seen, args.epochs, 0.05, args.seed))
     searched = time.perf_counter() - start
     slim = strategy.slim_model()
     kept = layers(strategy.supernet, slim)
@@ -171,7 +220,11 @@ def main() -> None:
     found = strategy.report.after
     print(f"accuracy {right:.2f} %, {found.flops / 1e6:.3f} MFLOPs, {found.params} parameters, search {searched:.0f} s")
 
-    picture(kept, f"{right:.1f} % with {found.flops / 1e6:.2f} MFLOPs", args.out / "network.png")
+    title = f"{right:.1f} % with {found.flops / 1e6:.2f} MFLOPs"
+    if isinstance(space, Cells):
+        wiring(slim, title, args.out / "network.png")
+    else:
+        picture(kept, title, args.out / "network.png")
     save_compressed(slim, args.out / "network.safetensors")
     result = {
         "accuracy": right, "flops": found.flops, "params": found.params, "supernet_flops": strategy.report.before.flops,

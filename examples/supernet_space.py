@@ -1,7 +1,8 @@
-"""The search space of the paper's supernet, for NNI: MBConv blocks of {3, 5, 7} x expansion {3, 6} on every layer.
+"""Search spaces for NNI: the paper's supernet, MBConv blocks of {3, 5, 7} x expansion {3, 6} on every layer; and cells.
 
 ``Supernet()`` has the published widths (16.0 M parameters in arXiv 2103.02126, for 224 x 224 images);
-``Supernet(**FASHION)`` and ``Supernet(**DIGITS)`` are the same on small grey images.
+``Supernet(**FASHION)`` and ``Supernet(**DIGITS)`` are the same on small grey images. ``Cells()`` has two cells of three
+nodes, each with two inputs and an operation on each, as in DARTS.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nni.nas.nn.pytorch import LayerChoice, ModelSpace
+import torch
+from nni.nas.nn.pytorch import Cell, LayerChoice, ModelSpace
 from torch import Tensor, nn
 
 FASHION: dict[str, Any] = {
@@ -95,3 +97,50 @@ class Supernet(ModelSpace):
         x = self.head(self.layers(self.first(self.stem(x))))
         y: Tensor = self.classifier(x.mean((2, 3)))
         return y
+
+
+def operation(width: int, kernel: int) -> nn.Module:
+    """ReLU, depthwise and 1x1 convolution, norm."""
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(width, width, kernel, 1, kernel // 2, groups=width, bias=False),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+    )
+
+
+class Cells(ModelSpace):
+    """A stem, two cells of one shape with a reduction between them, a classifier.
+
+    Args:
+        labels: number of classes.
+        channels: of the images.
+        width: of a node in the first cell; twice that in the second.
+    """
+
+    def __init__(self, labels: int = 10, channels: int = 1, width: int = 8) -> None:
+        super().__init__()
+
+        def cell(width: int) -> Cell:
+            ops = {
+                "conv3": lambda *place: operation(width, 3),
+                "conv5": lambda *place: operation(width, 5),
+                "pool": lambda *place: nn.AvgPool2d(3, 1, 1),
+                "skip": lambda *place: nn.Identity(),
+            }
+            return Cell(ops, num_nodes=3, num_ops_per_node=2, num_predecessors=2, label="cell")
+
+        self.stem = conv(channels, width, 3, act=False)
+        self.side = conv(width, width, 1, act=False)
+        self.first = cell(width)
+        self.down = conv(3 * width, 2 * width, 3, 2, act=False)
+        self.skipped = conv(width, 2 * width, 1, 2, act=False)
+        self.second = cell(2 * width)
+        self.classifier = nn.Linear(6 * width, labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.first([x, self.side(x)])
+        y = self.second([self.skipped(x), self.down(y)])
+        out: Tensor = self.classifier(torch.relu(y).mean((2, 3)))
+        return out

@@ -324,9 +324,11 @@ class PathScores:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors themselves."""
-        return {"score": self.value, "gram": self.gram, "moment": self.moment}
+        dealt = self.generator.get_state()
+        return {"score": self.value, "gram": self.gram, "moment": self.moment, "dealt": dealt}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` gave."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
+        self.generator.set_state(state["dealt"].cpu())

@@ -101,7 +101,8 @@ class WiredScores(Scores):
     def _pin_chosen(self) -> None:
         chosen = self.inputs().to(self.value)
         self.objective.pinned = self.where, chosen
-        worth = 2 * self.value.abs().max() + 1  # ahead of all others, or behind
+        others = self.value.index_fill(0, self.where, 0.0).abs().max()
+        worth = 2 * others + 1  # ahead of all others, or behind
         self.value.index_copy_(0, self.where, (2 * chosen - 1) * worth)
 
     @torch.no_grad()

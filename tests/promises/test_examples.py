@@ -45,6 +45,22 @@ def test_supernet(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["prime", "topology", "gates"])
+def test_supernet_by_another_strategy(strategy: str, tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "supernet.py"), "--epochs", "4", "--retrain", "6"]
+    command += ["--strategy", strategy, "--out", str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads((tmp_path / "report.json").read_text())
+    kept = [[name for name, (now, _) in layer.items() if now] for layer in found["kept"].values()]
+    if strategy == "prime":
+        assert [len(names) for names in kept] == [1] * 4 and "stage1_layer1" in out
+    else:  # three nodes of two inputs, of nine
+        assert sorted(len(names) for names in kept) == [0] * 3 + [1] * 6 and "cell/4/3" in out
+    assert found["accuracy"] > 60 and (tmp_path / "network.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_ilqr(tmp_path: Path) -> None:
     """Its short form; a second call finds the seed's line and only draws."""
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "ilqr.py"), "--out", str(tmp_path), "--starts", "1"]

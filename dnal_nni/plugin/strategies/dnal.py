@@ -91,7 +91,9 @@ class DNALStrategy(SupernetStrategy):
         return pruner
 
     def searching(self, evaluator: Lightning) -> Searching:
-        return Searching(self.pruner, self.warmup) if self.widths else PathSearching(self.pruner)
+        if not self.widths:
+            return PathSearching(self.pruner, evaluator)
+        return Searching(self.pruner, evaluator, self.warmup)
 
     def arguments(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         own = {"warmup": self.warmup, "single_path": self.single_path, "widths": self.widths}

@@ -1,4 +1,4 @@
-"""The evaluator's validation data, batch after batch, for an architecture to learn from."""
+"""Batches of the evaluator's data, and the random numbers behind their order."""
 
 from __future__ import annotations
 
@@ -94,5 +94,37 @@ class Holdout:
         if int(state["passes"]):
             with self._apart():
                 self._begin(int(state["passes"]))
-            for _ in range(int(state["taken"])):
-                self.batch()
+                for _ in range(int(state["taken"])):
+                    next(self._batches)
+            self.taken = int(state["taken"])
+
+
+class Randomness:
+    """Torch's random state, and that of the generators of data loaders: what decides about the order of batches.
+
+    Args:
+        data: the evaluator's training data: a loader, or several.
+    """
+
+    def __init__(self, data: Any) -> None:
+        loaders = data.values() if isinstance(data, dict) else data if isinstance(data, (list, tuple)) else [data]
+        found = [getattr(loader, "generator", None) for loader in loaders]
+        self.generators = [generator for generator in found if isinstance(generator, torch.Generator)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of now."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda, "loaders": [one.get_state() for one in self.generators]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As it was."""
+        if (had := len(state["loaders"])) != (here := len(self.generators)):
+            raise DNALError(
+                f"the search to be resumed had {had} data loaders with a generator of their own, here there are "
+                f"{here}: make the evaluator as it was"
+            )
+        torch.set_rng_state(state["cpu"].cpu())
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        for generator, one in zip(self.generators, state["loaders"]):
+            generator.set_state(one.cpu())

@@ -124,4 +124,4 @@ class PrimeStrategy(SupernetStrategy):
     def searching(self, evaluator: Lightning) -> HeldOutSearching:
         schedule = self.method.schedule
         when = schedule if isinstance(schedule, Informed) else None
-        return HeldOutSearching(self.pruner, Holdout(evaluator, type(self).__name__), when)
+        return HeldOutSearching(self.pruner, evaluator, Holdout(evaluator, type(self).__name__), when)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+from nni.nas.evaluator.pytorch import Lightning
 from torch import Tensor
 
 from ...errors import DNALError
@@ -18,7 +19,7 @@ from ...search.loop import Search
 from ...search.mixed import MixedSearch
 from ...search.paths import PathSearch
 from ..pruner import DNALPruner
-from .holdout import Holdout
+from .holdout import Holdout, Randomness
 
 _logger = logging.getLogger(__name__)
 
@@ -26,8 +27,11 @@ _logger = logging.getLogger(__name__)
 class Searching(pl.Callback):
     """Weights and gates learn from the same batches.
 
+    Lightning's checkpoints hold its state. From one at the end of an epoch, a search goes on bit for bit.
+
     Args:
         pruner: of the supernet.
+        evaluator: of the search; the order of its training data goes on too.
         warmup: share of the steps in which only weights learn.
         when: the steps in which gates learn too.
 
@@ -35,11 +39,15 @@ class Searching(pl.Callback):
         finished: whether gates were learned, and are fixed.
     """
 
-    def __init__(self, pruner: DNALPruner, warmup: float = 0.0, when: Informed | None = None) -> None:
+    def __init__(
+        self, pruner: DNALPruner, evaluator: Lightning, warmup: float = 0.0, when: Informed | None = None
+    ) -> None:
         self.pruner, self.warmup, self.when = pruner, warmup, when
+        self.random = Randomness(evaluator.train_dataloaders)
         self.search: Search | None = None
         self.finished = False
         self._seen = 0
+        self._went_on: dict[str, Any] | None = None  # random state that it goes on from
 
     @contextlib.contextmanager
     def around(self, module: pl.LightningModule) -> Iterator[None]:
@@ -84,6 +92,17 @@ class Searching(pl.Callback):
         self._steps = int(steps) - self._first
         self._seen = trainer.global_step
 
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._went_on is not None:  # validation may have drawn from the generator of the training data
+            self.random.load_state_dict(self._went_on)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state, self._went_on = self._went_on, None
+        loop = trainer.fit_loop
+        goes_on_within = loop.epoch_loop.restarting or getattr(loop, "is_resuming", False)
+        if state is not None and not goes_on_within and trainer.current_epoch > 0:
+            self.random.load_state_dict(state)  # Lightning is going to draw the order of the batches a second time
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -91,6 +110,17 @@ class Searching(pl.Callback):
             session = self.pruner.session
             self.search = session.search(self._steps, weights_learn=True, progress=False, when=self.when)
             self.search.start()
+            if self.search.done >= self.search.scores.moving:  # it goes on behind that
+                self._rest()
+
+    def _rest(self) -> None:
+        """The structure stands: what is closed need not run."""
+        assert self.search is not None
+        if self.search.scores.moving < self._steps:
+            for group in self.pruner.groups:
+                if group.choice:
+                    gate = self.pruner.gates[group.name]
+                    gate.harden(gate.s > 0)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self.search is not None:
@@ -107,11 +137,8 @@ class Searching(pl.Callback):
         if self.search is None or not stepped:  # gradients are accumulated
             return
         self.search.after_optimizer_step()
-        if self.search.done == self.search.scores.moving < self._steps:  # the structure stands: what is closed can rest
-            for group in self.pruner.groups:
-                if group.choice:
-                    gate = self.pruner.gates[group.name]
-                    gate.harden(gate.s > 0)
+        if self.search.done == self.search.scores.moving:
+            self._rest()
         if self.search.history:
             pl_module.log("cost", self.search.history[-1]["cost"], prog_bar=True)
         if self.search.done == self._steps:
@@ -129,6 +156,19 @@ class Searching(pl.Callback):
         if self.search is not None:
             self.search.stop(exception)
             self.search = None
+
+    def state_dict(self) -> dict[str, Any]:
+        session = self.pruner.session.state_dict() if self.search is not None or self.finished else None
+        if session is not None and session["search"] is not None:
+            session["search"].pop("random")  # of the whole training, below
+        return {"session": session, "finished": self.finished, "random": self.random.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["session"] is not None:
+            self.pruner.session.load_state_dict(state_dict["session"])
+        self.finished = state_dict["finished"]
+        self._went_on = state_dict["random"]
+        self.random.load_state_dict(state_dict["random"])
 
     def _finish(self) -> None:
         assert self.search is not None
@@ -160,12 +200,13 @@ class HeldOutSearching(Searching):
 
     Args:
         pruner: of the supernet.
+        evaluator: of the search.
         holdout: the data that the architecture learns from.
         when: the steps in which it does; None: as the scores count them.
     """
 
-    def __init__(self, pruner: DNALPruner, holdout: Holdout, when: Informed | None) -> None:
-        super().__init__(pruner, when=when)
+    def __init__(self, pruner: DNALPruner, evaluator: Lightning, holdout: Holdout, when: Informed | None) -> None:
+        super().__init__(pruner, evaluator, when=when)
         self.holdout = holdout
         self._learned = -1  # the last step that began, so that accumulated batches are one
         self._trainer: pl.Trainer | None = None
@@ -173,6 +214,13 @@ class HeldOutSearching(Searching):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "holdout": self.holdout.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.holdout.load_state_dict(state_dict["holdout"])
+        super().load_state_dict(state_dict)
 
     def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         search = self.search

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import pytorch_lightning as pl
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.nn.pytorch import ModelSpace
@@ -22,6 +23,7 @@ from ...report.record import Report
 from ..pruner import DNALPruner
 from ..space import Space
 from ..steps import same_random_numbers
+from .holdout import Randomness
 from .searching import Searching
 
 T = TypeVar("T")
@@ -123,7 +125,9 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
         trainer = evaluator.trainer
         callback = self.searching(evaluator)
         self._epochs = trainer.max_epochs if trainer.max_epochs != -1 else None
-        trainer.callbacks.append(callback)
+        # ahead of those that save checkpoints, and behind the user's
+        places = [i for i, other in enumerate(trainer.callbacks) if isinstance(other, pl.callbacks.Checkpoint)]
+        trainer.callbacks.insert(min(places, default=len(trainer.callbacks)), callback)
         try:
             with callback.around(evaluator.module):
                 super()._run()
@@ -142,16 +146,6 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
             DNALError: if the space has no word for it, such as for two candidates of one LayerChoice; says what.
         """
         yield self.model_space.freeze(self.space.architecture(self.slim_model()))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse: gates are not in the checkpoints of Lightning."""
-        if state_dict:
-            name = type(self).__name__
-            raise DNALError(f"{name} cannot resume a search that was cut off: run it again from the start")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: a search is not resumed."""
-        return {}
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
@@ -214,7 +208,10 @@ def first_image(evaluator: Lightning) -> Tensor:
             evaluator.datamodule.prepare_data()
             evaluator.datamodule.setup("fit")
             data = evaluator.datamodule.train_dataloader()
+        order = Randomness(data)
+        state = order.state_dict()
         batch = None if data is None else next(iter(data))
+        order.load_state_dict(state)
     first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if not isinstance(first, Tensor):
         raise DNALError(

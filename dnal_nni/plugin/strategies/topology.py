@@ -139,7 +139,7 @@ class TopologyStrategy(SupernetStrategy):
         return pruner
 
     def searching(self, evaluator: Lightning) -> Searching:
-        return Searching(self.pruner, self.warmup if self.ops == "gates" else 0.0)
+        return Searching(self.pruner, evaluator, self.warmup if self.ops == "gates" else 0.0)
 
     def arguments(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         return {"warmup": self.warmup}, {"warmup": WARMUP}
