@@ -143,6 +143,18 @@ def known(out: Path) -> dict[Any, float]:
     return {topology: statistics.mean(runs) for topology, runs in found.items()}
 
 
+def noise(out: Path) -> str:
+    """How well the means are known: what differs between seeds for all topologies alike is no part of it."""
+    runs = {(str(e["job"]["topology"]), e["job"]["seed"]): e["accuracy"] for e in entries(out / "truth.jsonl")}
+    topologies, seeds = ({key[i] for key in runs} for i in (0, 1))
+    by_topology = {t: statistics.mean(runs[t, s] for s in seeds) for t in topologies}
+    by_seed = {s: statistics.mean(runs[t, s] for t in topologies) for s in seeds}
+    whole = statistics.mean(runs.values())
+    left = [(right - by_topology[t] - by_seed[s] + whole) ** 2 for (t, s), right in runs.items()]
+    variance = sum(left) / ((len(topologies) - 1) * (len(seeds) - 1))
+    return f"{len(seeds)} seeds each, standard error of a mean beside the others {math.sqrt(variance / len(seeds)):.2f}"
+
+
 def search(args: argparse.Namespace) -> None:
     data, path = load(args), args.out / "found.jsonl"
     for seed in args.seeds:
@@ -195,7 +207,8 @@ def report(args: argparse.Namespace) -> None:
             f"{wrong} of {len(regret)} | {statistics.mean(seconds):.0f} |"
         )
     rows.append(f"| a random topology | all | {best - statistics.mean(order):.2f} | 0 | | |")
-    rows.append(f"\nThe 18 topologies: {min(order):.2f} to {best:.2f} %, sd {statistics.stdev(order):.2f}.")
+    spread = f"{min(order):.2f} to {best:.2f} %, sd {statistics.stdev(order):.2f}"
+    rows.append(f"\nThe 18 topologies: {spread}; {noise(args.out)}.")
     print("\n".join(rows))
     (args.out / "table.md").write_text("\n".join(rows) + "\n")
 
@@ -205,9 +218,9 @@ def main() -> None:
     parser.add_argument("command", choices=("truth", "search", "report"))
     parser.add_argument("--out", type=Path, default=Path("out/topology"))
     parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--epochs", type=int, default=12, help="of each topology alone")
+    parser.add_argument("--epochs", type=int, default=30, help="of each topology alone")
     parser.add_argument("--searched", type=int, default=24, help="epochs of a search")
-    parser.add_argument("--truths", type=int, default=5, help="seeds of each topology alone")
+    parser.add_argument("--truths", type=int, default=6, help="seeds of each topology alone")
     parser.add_argument("--arch-lr", type=float, default=4.0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
