@@ -33,6 +33,7 @@ from .search.learner import Decides
 from .search.loop import Search, check_over
 from .search.paper import PAPER_THRESHOLD
 from .search.ranks import from_first, is_first
+from .search.surgeon import removal_losses
 from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_layers, check_members, check_ungated, detach, is_gated, layers_of
@@ -170,16 +171,24 @@ class Session:
 
     @checked
     def choose(
-        self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
+        self,
+        importance: Criterion | None = None,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
     ) -> dict[str, Tensor]:
-        """Fix every gate by what a criterion says of the weights as they are, cut to the budget: no search.
+        """Fix every gate by what the weights are worth as they are, cut to the budget: no search.
 
         Args:
-            importance: ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score for each
-                channel of its root. Of all groups the lowest go first, down to the floor that a search has too.
-            batches: for criteria that need gradients or activations; None: the gradients that the parameters have.
-            loss: from the model and a batch to its loss, 0-d; None: cross entropy of ``(inputs, labels)``. A criterion
-                of activations (``tp.importance.ActivationImportance``) needs none, where batches are inputs alone.
+            importance: None: what the loss would rise by, and the layers behind make up for, per cost of a unit
+                (:mod:`~dnal_nni.search.surgeon`); call :meth:`repair` on the cut network then. Or a criterion of
+                torch-pruning, ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score
+                for each channel of its root. Of all groups the lowest go first, down to the floor that a search has
+                too.
+            batches: some hundred examples in the form of the dummy input, no labels. With a criterion: for those that
+                need gradients or activations, ``(inputs, labels)``; None: the gradients that the parameters have.
+            loss: from the model and a batch to its loss, 0-d; None: how far what it returns moves, no labels needed; for a
+                criterion, cross entropy of ``(inputs, labels)``. A criterion of activations
+                (``tp.importance.ActivationImportance``) needs none, where batches are inputs alone.
 
         Returns:
             as :meth:`harden`.
@@ -187,11 +196,20 @@ class Session:
         plan, start = self.plan, time.perf_counter()
         if plan.objective is None:
             raise DNALError("choose() needs a budget, or a sparse_ratio in the config_list, to cut to")
+        if importance is None and batches is None:
+            raise DNALError("choose(): give batches=[inputs], some hundred examples, or a criterion of torch-pruning")
         objective = plan.objective
 
         def chosen() -> Tensor:
-            scores = criterion_scores(self.model, plan.active, importance, batches, loss)
-            return cut(objective, scores, objective.floor(), lambda units: plan.cost_of(units, self.model))
+            if importance is None:
+                assert batches is not None
+                scores = removal_losses(self.model, plan.active, list(self.gates.values()), batches, loss)
+                scores = (scores / objective.whole.clamp(min=1e-3 * float(objective.whole.mean()))).clamp(min=1e-300).log()
+                floor = list(objective.limits.least)
+            else:
+                scores = criterion_scores(self.model, plan.active, importance, batches, loss)
+                floor = objective.floor()
+            return cut(objective, scores, floor, lambda units: plan.cost_of(units, self.model))
 
         keep = self.harden(plan.by_group(from_first(chosen)))
         self.seconds["choose"] = time.perf_counter() - start

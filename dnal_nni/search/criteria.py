@@ -74,7 +74,7 @@ def criterion_scores(
     """
     check_criterion(criterion)
     parts: list[Tensor | None] = []
-    with _as_it_was(model), _prepared(model, criterion, batches, loss):
+    with as_it_was(model), _prepared(model, criterion, batches, loss):
         scored = iter(dependency_groups(model, groups))
         for group in groups:
             parts.append(None if group.choice else _unit_scores(model, criterion, next(scored), group, batches is None))
@@ -142,7 +142,7 @@ def _root_scores(criterion: Criterion, scored: Group, group: ChannelGroup, blind
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Open gates, eval mode, and what becomes of gradients; then everything as it was."""
     states = [(gate, gate.state) for m in model.modules() if isinstance(m, ChannelFactor) for gate in m.gates]
     modes = [(module, module.training, set(vars(module))) for module in model.modules()]
@@ -184,7 +184,7 @@ def _prepared(model: nn.Module, criterion: Any, batches: Iterable[Any] | None, l
             if unlabelled and isinstance(batch, Tensor):
                 model(batch)
             elif hasattr(criterion, "accumulate_grad"):  # of squared gradients, sample by sample
-                for sample in _samples(batch):
+                for sample in samples_of(batch):
                     model.zero_grad()
                     loss(model, sample).backward()
                     criterion.accumulate_grad(model)
@@ -195,12 +195,12 @@ def _prepared(model: nn.Module, criterion: Any, batches: Iterable[Any] | None, l
     yield
 
 
-def _samples(batch: Any) -> Iterator[Any]:
+def samples_of(batch: Any) -> Iterator[Any]:
     """A batch in batches of one."""
     if isinstance(batch, Tensor):
         yield from batch.split(1)
     elif isinstance(batch, Mapping):
-        for values in zip(*map(_samples, batch.values())):
+        for values in zip(*map(samples_of, batch.values())):
             yield dict(zip(batch, values))
     else:
-        yield from zip(*map(_samples, batch))
+        yield from zip(*map(samples_of, batch))

@@ -6,28 +6,21 @@ is fitted as the pass reaches it: to the input that the layers ahead of it, fitt
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..arguments import shown
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError, told
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
+from .layer_calls import LayerCall, LayerCalls, by_place, some_places, unfolds
 from .slim import Keep
 
-ROWS = 20_000  # positions of all examples together that a layer is fitted to; every example has one at least
-CHUNK = 2**24  # numbers of a convolution's unfolded input at a time
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # of the ridge, by the mean square of the inputs
-
-_CONVOLUTIONS: tuple[Any, ...] = (torch.conv1d, torch.conv2d)
 
 
 def kept_outputs(groups: Sequence[ChannelGroup], keep: Keep) -> dict[str, Tensor]:
@@ -136,73 +129,7 @@ def settle_norms(model: nn.Module, inputs: Any) -> None:
             norm.running_var.copy_(variance)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What a convolution or a linear layer is called with."""
-
-    function: Callable[..., Tensor]
-    x: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self) -> Tensor:
-        return self.function(self.x, *self.args, **self.kwargs)
-
-    def columns(self, layer: nn.Module, places: Tensor, examples: slice) -> Tensor:
-        """What each output at some ``places`` is a linear function of: ``[examples, places, n]``."""
-        x = self.x[examples]
-        if isinstance(layer, nn.Linear):
-            columns = x.reshape(len(x), -1, x.shape[-1])[:, places]
-        else:
-            assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-            size, flat = layer.kernel_size, x.dim() == 3
-            names = enumerate(("stride", "padding", "dilation"))
-            stride, padding, dilation = (self._setting(i, name) for i, name in names)
-            if flat:
-                x, size, stride = x.unsqueeze(2), (1, *size), (1, *stride)
-                padding, dilation = (0, *padding), (1, *dilation)
-            columns = F.unfold(x, size, dilation, padding, stride)[:, :, places].transpose(1, 2)
-        if layer.bias is not None:
-            columns = torch.cat([columns, columns.new_ones(*columns.shape[:2], 1)], 2)
-        return columns
-
-    def _setting(self, position: int, name: str) -> tuple[int, ...]:
-        # behind the weight and the bias
-        value = self.args[2 + position] if len(self.args) > 2 + position else self.kwargs.get(name, position != 1)
-        if isinstance(value, str):  # "same" with an even kernel and such are padded by torch itself
-            assert value == "valid"
-            value = 0
-        return (int(value),) * (self.x.dim() - 2) if isinstance(value, (int, bool)) else tuple(value)
-
-
-class _Layers(TorchFunctionMode):
-    """Hands the calls of a model's convolutions and linear layers to :meth:`layer`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.layers = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            plain = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
-            if (plain or isinstance(module, nn.Linear)) and isinstance(module.weight, nn.Parameter):
-                self.layers[id(module.weight)] = path, module
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if (func in _CONVOLUTIONS or func is F.linear) and len(args) > 1 and id(args[1]) in self.layers:
-            path, module = self.layers[id(args[1])]
-            made = _Call(func, args[0], args[1:], kwargs)
-            if made.x.dim() > (1 if func is F.linear else module.weight.dim() - 1):  # with examples
-                return self.layer(path, module, made)
-        return func(*args, **kwargs)
-
-    @abc.abstractmethod
-    def layer(self, path: str, module: nn.Module, made: _Call) -> Tensor:
-        """What this layer returns, which has been called so."""
-
-
-class _Recorder(_Layers):
+class _Recorder(LayerCalls):
     """Keeps what the layers return, at some places of every example.
 
     Attributes:
@@ -217,20 +144,18 @@ class _Recorder(_Layers):
         self.places: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def layer(self, path: str, module: nn.Module, made: _Call) -> Tensor:
+    def layer(self, path: str, module: nn.Module, made: LayerCall) -> Tensor:
         out = made()
         self.times[path] += 1
-        linear = isinstance(module, nn.Linear)
-        rows = out.reshape(len(out), -1, out.shape[-1]) if linear else out.flatten(2).transpose(1, 2)
-        generator = torch.Generator().manual_seed(len(self.places))
-        places = torch.randperm(rows.shape[1], generator=generator)[: max(1, ROWS // len(out))].to(out.device)
+        rows = by_place(module, out)
+        places = some_places(rows, len(self.places))
         rows = rows[:, places]
         self.places[path] = places
         self.outputs[path] = rows[..., self.kept[path].to(out.device)] if path in self.kept else rows.clone()
         return out
 
 
-class _Fitter(_Layers):
+class _Fitter(LayerCalls):
     """Fits each layer, then lets it run."""
 
     def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
@@ -238,20 +163,19 @@ class _Fitter(_Layers):
         self.recorder = recorder
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def layer(self, path: str, module: nn.Module, made: _Call) -> Tensor:
+    def layer(self, path: str, module: nn.Module, made: LayerCall) -> Tensor:
         if self.recorder.times[path] == 1 and len(self.recorder.outputs[path]) == len(made.x):
-            padding = getattr(module, "padding", 0)
-            if not isinstance(padding, str) or padding == "valid":
+            if unfolds(module):
                 self._fit(path, module, made)
         return made()
 
-    def _fit(self, path: str, module: Any, made: _Call) -> None:
+    def _fit(self, path: str, module: Any, made: LayerCall) -> None:
         wanted, places = self.recorder.outputs[path], self.recorder.places[path]
         weight = module.weight.flatten(1).double()
         if module.bias is not None:
             weight = torch.cat([weight, module.bias.double().unsqueeze(1)], 1)
         moments = [_Moments(weight), _Moments(weight)]
-        for start, examples in _chunks(made.x, weight.shape[1]):
+        for start, examples in made.chunks(weight.shape[1]):
             columns = made.columns(module, places, examples).double()
             rest = wanted[examples] - columns @ weight.T
             for half, moment in enumerate(moments):  # every other example
@@ -318,11 +242,3 @@ def _left(halves: Sequence[_Moments], strength: float) -> float:
     """What a ridge fitted to one half leaves unexplained of the other, as a fraction of what there is; both ways."""
     after = halves[1].after(halves[0].change(strength)) + halves[0].after(halves[1].change(strength))
     return float(after / (halves[0].error + halves[1].error).clamp(min=1e-300))
-
-
-def _chunks(x: Tensor, columns: int) -> Iterator[tuple[int, slice]]:
-    """Examples that fit into memory unfolded."""
-    positions = x[0].numel() // x.shape[1] if x.dim() > 2 else 1
-    size = max(1, CHUNK // max(1, columns * positions))
-    for start in range(0, len(x), size):
-        yield start, slice(start, start + size)

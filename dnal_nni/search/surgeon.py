@@ -1,0 +1,203 @@
+"""What a removal costs when the layers behind make up for it: Optimal Brain Surgeon over whole channel groups.
+
+Where columns ``R`` of the inputs of a layer go and the rest of its weights ``W`` change for the best, the loss rises by
+``1/2 tr(A W_R ([H^-1]_RR)^-1 W_R^T)`` (Hassibi and Stork 1993), with ``H`` the covariance of its inputs and ``A`` that
+of the gradients at its outputs, the Kronecker factors of the Fisher matrix (Martens and Grosse 2015; of convolutions,
+Grosse and Martens 2016). :mod:`~dnal_nni.surgery.repair` is what makes that change.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import shown
+from ..channels.groups import ChannelGroup
+from ..errors import DNALError, told
+from ..modules.gates import ScaledSigmoidGate
+from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
+from .criteria import Loss, as_it_was, samples_of
+from .fisher import FactorCalls, Factors, gate_losses, noise_in
+
+RIDGE = 1e-3  # by the mean square of the inputs
+COLUMNS = 5_000  # of a layer's inputs, at most: their covariance is inverted
+SAMPLES = 64  # that the diagonal is of, where a group has no such layers
+HOLD = 2**27  # numbers of covariances at a time
+STAGES = 32  # a round removes one in so many of the units that are left
+
+
+def removal_losses(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    gates: Sequence[ScaledSigmoidGate],
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+) -> Tensor:
+    """What the loss rises by as each unit goes, those of its group that are worth less ahead of it: float64 ``[units]``.
+
+    Of groups that something else than plain convolutions and linear layers reads (a recurrent layer, a grouped
+    convolution, the product of queries and keys), it is the rise when nothing makes up for it. The model runs in eval
+    mode, and is left as it was.
+
+    Args:
+        model: with its gates.
+        groups: those that are not left whole; of channels.
+        gates: theirs.
+        batches: in the form of a dummy input; what ``loss`` takes, where it is given.
+        loss: from the model and a batch to its mean loss, 0-d; None: the squared error of what the model returns.
+
+    Raises:
+        DNALError: there are no batches, or the model or the loss fails on one.
+    """
+    generator, batches = torch.Generator().manual_seed(0), list(batches)
+    examples = sum(map(_examples, batches))
+    if not examples:
+        raise DNALError("choose(batches=[]): there are none; some hundred examples are right")
+
+    def of(batch: Any) -> Tensor:
+        """Summed over the examples."""
+        with told(f"choose(batches=...): the model rejects {shown(batch)}", FORWARD_ERRORS):
+            return noise_in(call(model, batch), generator) if loss is None else loss(model, batch) * _examples(batch)
+
+    found: list[Tensor | None] = []
+    with as_it_was(model), seeded(model), torch.enable_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        for part in _passes(model, groups):
+            paths = {member.path for group in part for member in group.consumers if not member.bare}
+            calls = FactorCalls(model, paths, COLUMNS)
+            for batch in batches:
+                with calls:
+                    total = of(batch)
+                total.backward()
+                model.zero_grad()
+            for group in part:
+                readers = _readers(model, group, calls.factors, examples)
+                found.append(None if readers is None else _as_they_go(readers, group.channels))
+        sizes = [group.channels for group in groups]
+        if any(losses is None for losses in found):
+            samples = itertools.islice(itertools.chain.from_iterable(map(samples_of, batches)), SAMPLES)
+            alone = gate_losses(model, gates, samples, of).cpu().split(sizes)
+            found = [own if losses is None else losses for own, losses in zip(alone, found)]
+    return torch.cat([losses for losses in found if losses is not None])
+
+
+def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
+    """The groups, so many at a time as the covariances of what reads them fit into memory."""
+    part: list[ChannelGroup] = []
+    held = 0
+    for group in groups:
+        weights = [getattr(model.get_submodule(m.path), "weight", None) for m in group.consumers if not m.bare]
+        columns = [weight[0].numel() for weight in weights if isinstance(weight, Tensor)]
+        size = sum(n**2 for n in columns if n <= COLUMNS)
+        if part and held + size > HOLD:
+            yield part
+            part, held = [], 0
+        part.append(group)
+        held += size
+    yield part
+
+
+def _examples(batch: Any) -> int:
+    first = next(flatten_tensors(batch), None)
+    return len(first) if first is not None and first.dim() else 1
+
+
+class _Reader:
+    """A layer that reads the channels of a group, as units go.
+
+    Args:
+        weight: ``[channels, n]``.
+        factors: of the layer.
+        examples: that the gradients are of.
+        columns: int64 ``[k]``, of the inputs.
+        units: int64 ``[k]``, the unit that each of these belongs to.
+    """
+
+    def __init__(self, weight: Tensor, factors: Factors, examples: int, columns: Tensor, units: Tensor) -> None:
+        self.inverse = torch.cholesky_inverse(_root(factors.covariance, RIDGE))
+        self.weight = _root(factors.outer / examples, 1e-8).T @ weight
+        counts = units.bincount()
+        order = units.argsort(stable=True)
+        self.blocks = []  # units with as many columns: int64 [m] and [m, columns of each]
+        for count in counts[counts > 0].unique().tolist():
+            mine = counts[units[order]] == count
+            self.blocks.append(((counts == count).nonzero().flatten(), columns[order][mine].view(-1, count)))
+
+    def costs(self, open_units: Tensor) -> Tensor:
+        """What the loss rises by if one unit goes, of those that are open (bool ``[units]``): float64 ``[units]``."""
+        found = torch.zeros(len(open_units), dtype=torch.float64, device=self.weight.device)
+        for units, columns in self.blocks:
+            left = open_units[units]
+            units, columns = units[left], columns[left]
+            if len(units):
+                weight = self.weight.T[columns]  # [units, columns, channels]
+                inner = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
+                found[units] = 0.5 * (weight * torch.linalg.solve(inner, weight)).sum((1, 2))
+        return found
+
+    def remove(self, chosen: Tensor) -> float:
+        """Take units (bool ``[units]``) out, and return what the loss rises by."""
+        gone = torch.cat([columns[chosen[units]].flatten() for units, columns in self.blocks])
+        if not len(gone):
+            return 0.0
+        rows, weight = self.inverse[gone], self.weight[:, gone]
+        change = torch.linalg.solve(rows[:, gone], torch.cat([rows, weight.T], 1))
+        back, own = change.split([rows.shape[1], len(weight)], 1)
+        self.weight -= weight @ back
+        self.inverse -= rows.T @ back
+        return 0.5 * float((weight.T * own).sum())
+
+
+def _as_they_go(readers: Sequence[_Reader], units: int) -> Tensor:
+    """What the loss rises by as each unit of a group goes, the cheapest first: float64 ``[units]``.
+
+    The last one, which always stays, has what the one ahead of it has.
+    """
+    device = readers[0].weight.device
+    left = torch.ones(units, dtype=torch.bool, device=device)
+    found, so_far = torch.zeros(units, dtype=torch.float64), 0.0
+    while (count := int(left.sum())) > 1:
+        costs = torch.stack([reader.costs(left) for reader in readers]).sum(0).masked_fill(~left, torch.inf)
+        rank = costs.argsort(stable=True)[: min(count - 1, -(-count // STAGES))]
+        chosen = torch.zeros_like(left).index_fill(0, rank, True)
+        together, own = sum(reader.remove(chosen) for reader in readers), costs[rank]
+        left &= ~chosen
+        for unit, part in zip(rank.tolist(), (own / own.sum().clamp(min=1e-300) * together).tolist()):
+            so_far = max(so_far * (1 + 1e-9), part)  # what goes later is worth more
+            found[unit] = so_far
+    found[left.cpu()] = so_far
+    return found
+
+
+def _readers(
+    model: nn.Module, group: ChannelGroup, factors: Mapping[str, Factors], examples: int
+) -> list[_Reader] | None:
+    """The layers that read a group; None: one of them is no plain convolution or linear layer, or a very wide one."""
+    readers = []
+    passed = {member.path for member in group.members if member.side == "out"}  # as a depthwise convolution is
+    for member in group.consumers:
+        if member.path not in factors and member.path in passed:
+            continue
+        if member.bare or member.path not in factors:
+            return None
+        weight = model.get_submodule(member.path).weight
+        assert isinstance(weight, Tensor)
+        size = weight[0, 0].numel()  # of the kernel
+        places = torch.arange(size, device=weight.device)
+        columns = (member.channels.to(weight.device).unsqueeze(1) * size + places).flatten()
+        units = member.units.to(weight.device).repeat_interleave(size)
+        flat = weight.detach().flatten(1).double()
+        readers.append(_Reader(flat, factors[member.path], examples, columns, units))
+    return readers or None
+
+
+def _root(matrix: Tensor, ridge: float) -> Tensor:
+    """``L`` with ``L L^T = matrix + ridge * its mean diagonal``."""
+    diagonal = (ridge * matrix.diagonal().mean()).clamp(min=1e-30)
+    return torch.linalg.cholesky(matrix + torch.diag(diagonal.expand(len(matrix))))

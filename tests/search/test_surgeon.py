@@ -1,0 +1,152 @@
+"""What a removal costs when the layers behind make up for it, against least squares and against what is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnal_nni import Budget, DNALError
+from dnal_nni.plan import Plan
+from dnal_nni.search import surgeon
+from dnal_nni.search.surgeon import removal_losses
+from dnal_nni.session import Session
+
+
+def session_of(model: nn.Module, example: Tensor, flops: float = 0.5) -> Session:
+    return Session(model, Plan.of(model, example, budget=Budget(flops=flops)))
+
+
+def losses_of(session: Session, batches: list[Tensor], **kwargs: object) -> Tensor:
+    return removal_losses(session.model, session.plan.active, list(session.gates.values()), batches, **kwargs)  # type: ignore[arg-type]
+
+
+# gradients whose products add up to the identity
+SIGNS = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).repeat(100, 1)
+
+
+def squared_error(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) * SIGNS).sum() / len(x)
+
+
+def two_layers(width: int, outputs: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, outputs))
+
+
+def test_the_cheapest_unit_costs_what_least_squares_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgeon, "RIDGE", 1e-9)
+    model, x = two_layers(8), torch.randn(400, 6)
+    session = session_of(model, x[:1])
+    losses = losses_of(session, [x], loss=squared_error)
+    with torch.no_grad():
+        hidden = model[:2](x).double()
+        centred, wanted = hidden - hidden.mean(0), model(x).double()
+        wanted = wanted - wanted.mean(0)
+        errors = []
+        for unit in range(8):
+            rest = torch.cat([centred[:, :unit], centred[:, unit + 1 :]], 1)
+            errors.append(0.5 * float((wanted - rest @ torch.linalg.lstsq(rest, wanted).solution).square().sum()) / 400)
+    assert float(losses.min()) == pytest.approx(min(errors), rel=0.02)
+    assert int(losses.argmin()) == min(range(8), key=errors.__getitem__)
+
+
+def test_of_two_units_one_makes_up_for_what_is_correlated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgeon, "RIDGE", 1e-9)
+    model, x = two_layers(2), torch.randn(400, 6)
+    losses = losses_of(session_of(model, x[:1]), [x], loss=squared_error)
+    hidden, weight = model[:2](x).detach().double(), model[2].weight.detach().double()
+    first = min(
+        float((1 - hidden.T.corrcoef()[0, 1] ** 2) * hidden[:, unit].var() * weight[:, unit].square().sum())
+        for unit in range(2)
+    )
+    assert float(losses.min()) == pytest.approx(0.5 * first, rel=0.02)
+
+
+def test_one_of_two_equal_units_costs_nothing_and_both_cost_most() -> None:
+    model = two_layers(8)
+    with torch.no_grad():
+        model[0].weight[5] = model[0].weight[2]
+        model[0].bias[5] = model[0].bias[2]
+        model[2].weight[:, [2, 5]] = 1.0
+    session = session_of(model, torch.randn(1, 6))
+    losses = losses_of(session, [torch.randn(300, 6)])
+    twins = sorted([float(losses[2]), float(losses[5])])
+    assert twins[0] <= float(losses.min()) * (1 + 1e-6)
+    assert twins[1] == float(losses.max())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_with_all_their_columns(kernel: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 4, kernel), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(64, 3, 10, 10)
+    model(x)
+    with torch.no_grad():
+        model[2].weight[:, [1, 7]] = 0  # read by nobody
+    session = session_of(model, x[:1])
+    first = session.plan.by_group(losses_of(session, [x[:32], x[32:]]))["0"]
+    assert set(first.argsort()[:2].tolist()) == {1, 7}
+    assert float(first[[1, 7]].max()) < 1e-6 * float(first.max())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.lstm, self.last = nn.Linear(5, 16), nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(F.relu(self.first(x)))[0][:, -1])
+
+
+def test_groups_that_other_layers_read_go_by_their_gates() -> None:
+    model, x = Recurrent(), torch.randn(40, 6, 5)
+    with torch.no_grad():
+        model.lstm.weight_ih_l0[:, 3] = 0
+    session = session_of(model, x[:1], 0.7)
+    losses = losses_of(session, [x])
+    assert int(losses.argmin()) == 3 and float(losses[3]) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_of_the_model_changes_and_frozen_weights_will_do() -> None:
+    model, x = two_layers(8).train(), torch.randn(64, 6)
+    model.requires_grad_(False)
+    session = session_of(model, x[:1])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    again = [losses_of(session, [x[:32], x[32:]]) for _ in range(2)]
+    assert torch.equal(*again) and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_choose_hits_the_budget_and_repair_brings_the_function_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 48), nn.Linear(48, 48), nn.Linear(48, 4))  # nothing of a rank above 6
+    x = torch.randn(512, 6)
+    session = session_of(model, x[:1], 0.25)
+    session.choose(batches=[x])
+    slim = session.speedup()
+    session.repair(slim, x)
+    session.detach()
+    assert session.report.after.flops / session.report.before.flops == pytest.approx(0.25, rel=0.01)
+    with torch.no_grad():
+        error = (slim(x) - model(x)).square().mean() / model(x).square().mean()
+    assert float(error) < 1e-6
+
+
+def test_refusals() -> None:
+    model = two_layers(8)
+    session = session_of(model, torch.randn(1, 6))
+    with pytest.raises(DNALError, match=r"choose\(\): give batches=\[inputs\]"):
+        session.choose()
+    with pytest.raises(DNALError, match="there are none; some hundred examples"):
+        session.choose(batches=[])
+    with pytest.raises(DNALError, match=r"rejects.*\[4, 7\]"):
+        session.choose(batches=[torch.randn(4, 7)])
+    with pytest.raises(DNALError, match="rejects"):
+        session.choose(batches=[(torch.randn(4, 6), torch.zeros(4))])
+    assert session.keep is None
