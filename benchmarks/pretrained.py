@@ -14,6 +14,7 @@ norms' statistics as they are: "cut" right after the cut (and after the repair, 
 - uncut, uncut_finetuned: the network itself; the same epochs on it.
 - dnal: the default search of one epoch, then fine-tuning. dnal_slow_norms: the norms keep their momentum of 0.01, as it
   was before version 0.2.
+- choice: `pruner.choose` as it is, on the images of the repair.
 - uniform_l2: the same share of every group, the smallest norms go; group_l2, taylor: `pruner.choose` with
   torch-pruning's criteria (Taylor on five batches); all epochs are fine-tuning. torch_pruning: its own MagnitudePruner,
   global, in 200 steps.
@@ -53,9 +54,9 @@ from dnal_nni.search.close import cut
 from dnal_nni.search.importance import importance
 
 REPAIR = "+repair"
-ONE_SHOT = ("uniform_l2", "group_l2", "taylor", "torch_pruning")
+ONE_SHOT = ("choice", "uniform_l2", "group_l2", "taylor", "torch_pruning")
 CUT = ("dnal", "dnal_slow_norms", *ONE_SHOT)
-METHODS = ("uncut", "uncut_finetuned", *CUT, *(name + REPAIR for name in ("dnal", *ONE_SHOT[:3])))
+METHODS = ("uncut", "uncut_finetuned", *CUT, *(name + REPAIR for name in ("dnal", *ONE_SHOT[:4])))
 KINDS = [{"op_types": ["Conv2d", "Linear"]}]
 SETTINGS = ("pixels", "images", "epochs", "search_epochs", "lr", "batch_size", "budget", "repair")
 
@@ -158,6 +159,10 @@ class Bench:
                     search.step(loss)
         return pruner.speedup()
 
+    def unlabelled(self, seed: int) -> Tensor:
+        """Images for a repair."""
+        return torch.cat([images for images, _ in self.batches(seed, 300)])[: self.args.repair]
+
     def chosen(self, pruner: DNALPruner, method: str, seed: int) -> nn.Module:
         plan, model = pruner.plan, pruner.bound_model
         if method == "uniform_l2":
@@ -166,6 +171,8 @@ class Bench:
             ones = [1] * len(plan.sizes)
             units = cut(plan.objective, torch.cat(ranks).double(), ones, lambda units: plan.cost_of(units, model))
             pruner.harden(plan.by_group(units))
+        elif method == "choice":
+            pruner.choose(batches=self.unlabelled(seed).split(self.args.batch_size))
         elif method == "group_l2":
             pruner.choose(tp.importance.MagnitudeImportance())
         else:
@@ -213,8 +220,7 @@ class Bench:
                 now = time.perf_counter()
                 pruner.unwrap_model()
                 slim = pruner.plan.slim(model, pruner.session.keep or {})
-                images = torch.cat([images for images, _ in self.batches(seed, 300)])[: args.repair]
-                pruner.repair(slim, images)
+                pruner.repair(slim, self.unlabelled(seed))
                 found["seconds_repair"] = time.perf_counter() - now
         found["accuracy_cut"] = self.accuracy(slim)
         if name not in ("uncut", "dnal_slow_norms"):

@@ -1,4 +1,7 @@
-"""From a trained model, a loader and a loss to the smaller network: search, cut, fine-tuning. No NNI here."""
+"""From a trained model, a loader and a loss to the smaller network: a choice or a search, cut, fine-tuning.
+
+No NNI here.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from .budget import Budget
 from .callers import Data, measured, optimizer_of, run, validation
 from .cost.latency import latencies
 from .errors import DNALError
+from .modules.choices import choices_of
 from .modules.given import check_model
 from .outcome import file_report
 from .plan import Plan
@@ -36,7 +40,7 @@ from .search.settings import all_but
 from .search.statistics import Pace
 from .session import Session
 
-RECALIBRATION_BATCHES, REPAIR_BATCHES, WARM_UP = 50, 8, 0.05
+RECALIBRATION_BATCHES, REPAIR_EXAMPLES, WARM_UP = 50, 512, 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Compression:
         loss: from a model and a batch to the loss, 0-d.
         validate: from a model to how good it is, in per cent, more is better; None: nobody knows.
         optimizer: from parameters and a stage to their optimizer.
-        search_epochs: of the search, in which the weights learn too.
+        search_epochs: of the search, in which the weights learn too; 0: none.
         epochs: of fine-tuning; its learning rate rises to the optimizer's own and falls to 0 (``OneCycleLR``).
         keep_best: keep the epoch of fine-tuning that validates best, not the last.
         save: called with the state (tensors, numbers, strings) after every epoch.
@@ -72,6 +76,8 @@ class Compression:
     def search(self, session: Session, state: Mapping[str, Any]) -> float:
         """Search from the epoch of ``state`` on; the seconds of all epochs."""
         model, seconds = session.model, float(state["seconds"])
+        if self.search_epochs == 0:
+            return seconds
         optimizer = self.optimizer(model.parameters(), 1)
         if state["epoch"] > 0:
             model.load_state_dict(state["model"])
@@ -89,26 +95,25 @@ class Compression:
         return seconds
 
     def cut(self, session: Session, before: float | None, seconds: float) -> tuple[nn.Module, Report]:
-        """Cut what was searched, and estimate its norms' statistics anew; the dense model is then as it was.
+        """Choose what goes, or take what was searched, cut, and fit what is left; the dense model is then as it was.
 
-        Where the dense model, cut to the same widths and repaired, has the lower loss, the search has unlearned more
-        than it has taught: then that is what is cut.
+        A short search may unlearn more than it teaches. So behind one, three networks are compared by their losses: its
+        own, its widths cut out of the dense model and repaired, and what a choice without a search comes to.
 
         Args:
             session: behind its search.
             before: what ``validate`` said of the dense model.
             seconds: that the search took.
         """
-        slim = session.speedup()
-        with phase("estimating the norms' statistics anew"):
-            first: list[Any] = []
-            update_bn(self._recalibrating(first), slim)
-        report = session.report
-        report.seconds["search"] = seconds
-        if report.interventions is not None:
-            report.interventions = dataclasses.replace(report.interventions, epochs=self.search_epochs)
+        if self.search_epochs == 0:
+            batches: list[Any] = []
+            for _ in _keeping(self.batches(2, 0), batches):
+                if _examples(batches) >= REPAIR_EXAMPLES:
+                    break
+            slim, report = self._chosen(session, batches)
+        else:
+            slim, report = self._searched(session, seconds)
         session.detach()
-        slim = self._better(session, slim, report, first)
         with phase("measuring the latency"):
             dense_ms, slim_ms = latencies([session.model, slim], session.plan.dummy_input)
         report.latency_ms = (dense_ms, slim_ms)
@@ -117,30 +122,48 @@ class Compression:
             report.accuracy, report.accuracy_cut = (before, after), after if self.epochs else None
         return slim, report
 
-    def _recalibrating(self, first: list[Any]) -> Iterator[tuple[Any]]:
-        """What the norms' statistics are of; a few batches of it stay in ``first``."""
-        for batch in itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES):
-            if len(first) < REPAIR_BATCHES:
-                first.append(batch)
-            yield (batch[0],)
+    def _chosen(self, session: Session, batches: Sequence[Any]) -> tuple[nn.Module, Report]:
+        """What goes is what the layers behind make up for; and they do."""
+        inputs = _inputs(batches)
+        with phase("choosing what goes"):
+            session.choose(batches=inputs)
+        slim = session.speedup()
+        session.repair(slim, torch.cat(inputs))
+        note = "what goes was chosen by what its removal costs; the layers were fitted to the uncut network's"
+        session.report.notes.append(note)
+        return slim, session.report
 
-    def _better(self, session: Session, slim: nn.Module, report: Report, batches: Sequence[Any]) -> nn.Module:
-        """``slim``, or the dense model cut to its widths and repaired, whichever has the lower loss in eval mode."""
-        inputs = [batch[0] for batch in batches if batch[0].shape[1:] == batches[0][0].shape[1:]]
+    def _searched(self, session: Session, seconds: float) -> tuple[nn.Module, Report]:
+        """The best of what a search came to, of its widths alone, and of :meth:`_chosen`."""
+        slim, batches = session.speedup(), list[Any]()
+        with phase("estimating the norms' statistics anew"):
+            recalibrating = itertools.islice(self.batches(2, 0), RECALIBRATION_BATCHES)
+            update_bn(((batch[0],) for batch in _keeping(recalibrating, batches)), slim)
+        report, keep = session.report, session.keep
+        report.seconds["search"] = seconds
+        if report.interventions is not None:
+            report.interventions = dataclasses.replace(report.interventions, epochs=self.search_epochs)
+        session.detach()
+        inputs = _inputs(batches)
         if any(group.choice for group in session.plan.active) or sum(map(len, inputs)) < 2:
-            return slim
-        assert session.keep is not None
-        fitted = session.plan.slim(session.model, session.keep)
-        session.repair(fitted, torch.cat(inputs))
-        searched, repaired = (self._mean_loss(network, batches) for network in (slim, fitted))
-        if not repaired < searched:
-            return slim
-        report.notes.append(
-            f"after the cut the layers were fitted to the uncut network's, without labels: a loss of {repaired:.3g} on "
-            f"{len(batches)} batches, where the weights of the search have {searched:.3g}"
-        )
-        file_report(fitted, report)
-        return fitted
+            return slim, report
+        assert keep is not None
+        widths = session.plan.slim(session.model, keep)
+        session.repair(widths, torch.cat(inputs))
+        session.attach()
+        chosen, without = self._chosen(session, batches)
+        session.detach()
+        without.seconds["search"], without.interventions = seconds, report.interventions
+        searched, fitted, direct = (self._mean_loss(network, batches) for network in (slim, widths, chosen))
+        if searched <= min(fitted, direct):
+            return slim, report
+        said = f"on {len(batches)} batches, where the weights of the search have a loss of {searched:.3g}"
+        if fitted <= direct:
+            report.notes.append(f"after the cut the layers were fitted to the uncut network's: {fitted:.3g} {said}")
+            file_report(widths, report)
+            return widths, report
+        without.notes.append(f"the search is not used: the choice has {direct:.3g} {said}")
+        return chosen, without
 
     def _mean_loss(self, model: nn.Module, batches: Sequence[Any]) -> float:
         """In eval mode, in which the model is left."""
@@ -153,7 +176,10 @@ class Compression:
         Raises:
             DNALError: the loss is NaN or infinite at the end of an epoch.
         """
-        Pace(slim, self.search_epochs * self.steps).raise_()  # of a file, where the run goes on
+        if steps_of_training := (self.search_epochs or self.epochs) * self.steps:
+            pace = Pace(slim, steps_of_training)
+            pace.raise_()  # a file has them as they were
+            report.notes += [note for note in [pace.note] if note and note not in report.notes]
         optimizer = self.optimizer(slim.parameters(), 3)
         steps, seconds, best = self.epochs * self.steps, float(state["seconds"]), None
         highest = [group["lr"] for group in optimizer.param_groups]
@@ -197,6 +223,35 @@ class Compression:
             report.accuracy = (report.accuracy[0], self.validate(slim))
 
 
+def _examples(batches: Sequence[Any]) -> int:
+    return sum(len(batch[0]) for batch in batches)
+
+
+def _keeping(source: Iterator[Any], batches: list[Any]) -> Iterator[Any]:
+    """``source``, of which as many batches as a repair needs go to ``batches``."""
+    for batch in source:
+        if _examples(batches) < REPAIR_EXAMPLES:
+            batches.append(batch)
+        yield batch
+
+
+def _inputs(batches: Sequence[Any]) -> list[Tensor]:
+    """Those of the first one's shape."""
+    return [batch[0] for batch in batches if batch[0].shape[1:] == batches[0][0].shape[1:]]
+
+
+def epochs_of_search(asked: int | None, model: nn.Module) -> int:
+    """What None comes to; a supernet has candidates, and only a search tells them apart.
+
+    Raises:
+        DNALError: none is asked for, of a supernet.
+    """
+    supernet = bool(choices_of(model))
+    if supernet and asked == 0:
+        raise DNALError("search_epochs=0: the model is a supernet, and only a search compares candidates: give 1")
+    return (3 if supernet else 0) if asked is None else asked
+
+
 NOTHING_DONE: dict[str, Any] = {"epoch": 0, "seconds": 0.0}
 """The state of a stage at its beginning."""
 
@@ -209,7 +264,7 @@ def compress(
     *,
     budget: Budget,
     validate: Iterable[Any] | Callable[[nn.Module], float] | None = None,
-    search_epochs: int = 3,
+    search_epochs: int | None = None,
     epochs: int = 10,
     lr: float = 0.01,
     optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
@@ -221,10 +276,11 @@ def compress(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, Report]:
-    """Make a trained model smaller in one call: search its widths, cut it to the budget, fine-tune what is left.
+    """Make a trained model smaller in one call: choose its widths, cut it to the budget, repair and fine-tune the rest.
 
-    The weights learn in the search too. Random numbers are torch's: ``torch.manual_seed`` ahead of the call. All runs
-    on the device that ``model`` is on. ``dnal compress`` does the same from the command line.
+    With a search, the widths are learned, and the weights in it too. Random numbers are torch's: ``torch.manual_seed``
+    ahead of the call. All runs on the device that ``model`` is on. ``dnal compress`` does the same from the command
+    line.
 
     Args:
         model: the trained network; afterwards it is as it was.
@@ -233,7 +289,8 @@ def compress(
         budget: what the network may cost in the end.
         validate: data of the same form, for the accuracy (top-1, in per cent) in the report; or a function from a model
             to a number of your own, in its place, more is better.
-        search_epochs: passes over the data in the search.
+        search_epochs: passes over the data in a search ahead of the cut. 0: none, what goes is what the layers behind
+            can make up for (:meth:`Session.choose`). None: 3 for a supernet, else 0.
         epochs: passes over the data in fine-tuning; 0: you do that yourself.
         lr: learning rate of SGD with momentum in the search, and its highest in fine-tuning.
         optimizer: from parameters to their optimizer, in place of that:
@@ -258,9 +315,9 @@ def compress(
     check_model(model)
     if not isinstance(budget, Budget):
         raise DNALError(f"compress(budget=...) is {shown(budget)}: give a Budget, for example Budget(flops=0.5)")
-    for name, value, least in (("search_epochs", search_epochs, 1), ("epochs", epochs, 0)):
-        if value < least:
-            raise DNALError(f"compress({name}={value}): give a whole number of at least {least}")
+    for name, value in (("search_epochs", search_epochs or 0), ("epochs", epochs)):
+        if value < 0:
+            raise DNALError(f"compress({name}={value}): give a whole number of at least 0")
     if not lr > 0:
         raise DNALError(f"compress(lr={lr!r}): give a number above 0")
     if keep_best and validate is None:
@@ -284,7 +341,7 @@ def compress(
             loss=lambda model, batch: measured(loss_of, run(model, batch[0]), batch[1]),
             validate=validation(validate, device),
             optimizer=lambda parameters, stage: optimizer_of(parameters, lr, optimizer),
-            search_epochs=search_epochs,
+            search_epochs=epochs_of_search(search_epochs, model),
             epochs=epochs,
             keep_best=keep_best,
             progress=progress,

@@ -33,7 +33,7 @@ from .search.learner import Decides
 from .search.loop import Search, check_over
 from .search.paper import PAPER_THRESHOLD
 from .search.ranks import from_first, is_first
-from .search.surgeon import removal_losses
+from .search.surgeon import removal_losses, worth
 from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_layers, check_members, check_ungated, detach, is_gated, layers_of
@@ -186,8 +186,8 @@ class Session:
                 too.
             batches: some hundred examples in the form of the dummy input, no labels. With a criterion: for those that
                 need gradients or activations, ``(inputs, labels)``; None: the gradients that the parameters have.
-            loss: from the model and a batch to its loss, 0-d; None: how far what it returns moves, no labels needed; for a
-                criterion, cross entropy of ``(inputs, labels)``. A criterion of activations
+            loss: from the model and a batch to its loss, 0-d; None: how far what the model returns moves, no labels
+                needed; for a criterion, cross entropy of ``(inputs, labels)``. A criterion of activations
                 (``tp.importance.ActivationImportance``) needs none, where batches are inputs alone.
 
         Returns:
@@ -198,14 +198,15 @@ class Session:
             raise DNALError("choose() needs a budget, or a sparse_ratio in the config_list, to cut to")
         if importance is None and batches is None:
             raise DNALError("choose(): give batches=[inputs], some hundred examples, or a criterion of torch-pruning")
+        if importance is None and any(group.choice for group in plan.active):
+            raise DNALError("choose(): the model is a supernet, and only a search compares candidates: call search()")
         objective = plan.objective
 
         def chosen() -> Tensor:
             if importance is None:
                 assert batches is not None
-                scores = removal_losses(self.model, plan.active, list(self.gates.values()), batches, loss)
-                scores = (scores / objective.whole.clamp(min=1e-3 * float(objective.whole.mean()))).clamp(min=1e-300).log()
-                floor = list(objective.limits.least)
+                losses = removal_losses(self.model, plan.active, list(self.gates.values()), batches, loss)
+                scores, floor = worth(losses, objective.whole), list(objective.limits.least)
             else:
                 scores = criterion_scores(self.model, plan.active, importance, batches, loss)
                 floor = objective.floor()

@@ -203,7 +203,7 @@ MISTAKES = {
     "a loss that is a number": (dict(loss=lambda out, y: 0.5), "the loss is 0.5: give the loss of a batch"),
     "a number for the budget": (dict(budget=0.5), "budget=...) is 0.5: give a Budget"),
     "no budget": (dict(budget=None), "budget=...) is None: give a Budget"),
-    "no epoch of the search": (dict(search_epochs=0), "search_epochs=0): give a whole number of at least 1"),
+    "no epoch of the search": (dict(search_epochs=-1), "search_epochs=-1): give a whole number of at least 0"),
     "half an epoch": (dict(epochs=1.5), "epochs=...) is 1.5: give a whole number"),
     "a rate of zero": (dict(lr=0), "lr=0): give a number above 0"),
     "the best of nothing": (dict(keep_best=True), "give validate="),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..compression import NOTHING_DONE, Compression
+from ..compression import NOTHING_DONE, Compression, epochs_of_search
 from ..errors import DNALError, told
 from ..modules.running import FORWARD_ERRORS
 from ..plan import Plan
@@ -196,8 +196,8 @@ class Run:
             total += len(labels)
         return 100 * right / max(total, 1)
 
-    def stages(self) -> Compression:
-        """What is done, on the data, with a checkpoint after every epoch."""
+    def stages(self, model: nn.Module) -> Compression:
+        """What is done to the dense network, on the data, with a checkpoint after every epoch."""
         settings = self.settings
         rates = {1: settings.lr, 3: settings.finetune_lr}
 
@@ -209,7 +209,7 @@ class Run:
             optimizer=lambda parameters, stage: torch.optim.SGD(
                 parameters, rates[stage], momentum=0.9, weight_decay=1e-4
             ),
-            search_epochs=settings.search_epochs,
+            search_epochs=epochs_of_search(settings.search_epochs, model),
             epochs=settings.epochs,
             keep_best=settings.keep_best,
             remedy=f"lower --finetune-lr; {settings.out / CHECKPOINT} is of the epoch before",
@@ -233,11 +233,11 @@ class Run:
 
     def compress(self) -> Report:
         """Search, cut and fine-tune, or what is left of it; ``self.slim`` is the network."""
-        slim_file, stages = self.settings.out / NETWORK, self.stages()
+        slim_file, model = self.settings.out / NETWORK, self.model()
+        stages = self.stages(model)
         if self.state["stage"] == "finetune":
-            self.slim, report = load_compressed(self.model(), slim_file), read_report(slim_file)
+            self.slim, report = load_compressed(model, slim_file), read_report(slim_file)
         else:
-            model = self.model()
             before = self.state.get("accuracy")
             if before is None and self.test is not None:
                 before = self.accuracy(model)

@@ -166,7 +166,9 @@ class Settings(Options):
         whole(1), "channels are kept in multiples of N, or whole; else 8 on a GPU, for --latency and --onnx", None
     )
     input: tuple[int, ...] | None = option(SHAPE, "a folder's images get this size (1,3,224,224)", None, "SHAPE")
-    search_epochs: int = option(whole(1), "epochs of the search, in which the weights learn too", 3)
+    search_epochs: int | None = option(
+        whole(0), "epochs of a search ahead of the cut, in which the weights learn too; else 3 of a supernet, 0", None
+    )
     epochs: int = option(whole(0), "epochs of fine-tuning", 10)
     lr: float = option(NUMBER, "learning rate of the weights in the search", 0.01, "LR")
     finetune_lr: float = option(NUMBER, "highest learning rate of fine-tuning", 0.01, "LR")

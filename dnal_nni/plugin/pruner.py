@@ -352,9 +352,9 @@ class DNALPruner(_OwnSchedule):
 
     @checked
     def choose(
-        self, importance: Criterion, batches: Iterable[Any] | None = None, loss: Loss | None = None
+        self, importance: Criterion | None = None, batches: Iterable[Any] | None = None, loss: Loss | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """Fix every gate by what a criterion says of the weights, cut to the budget: no search.
+        """Fix every gate by what the weights are worth as they are, cut to the budget: no search.
 
         Arguments: :meth:`Session.choose`; returns NNI masks, as :meth:`harden` does."""
         with without_wrappers(self.bound_model):

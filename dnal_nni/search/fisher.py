@@ -107,7 +107,9 @@ def gate_losses(
     with torch.no_grad():
         leaves.show(torch.ones_like(total, dtype=leaves.tensors[0].dtype))
     try:
-        for number, sample in enumerate(samples, 1):
+        count = 0
+        for sample in samples:
+            count += 1
             leaves.clear()
             loss(sample).backward()
             total += leaves.gradient().square()
@@ -116,7 +118,7 @@ def gate_losses(
             gate.state = GateState.TRANSPARENT
         for factor in factors_of(model):
             factor.value = None
-    return 0.5 * total / number
+    return 0.5 * total / count
 
 
 def noise_in(returned: Any, generator: torch.Generator) -> Tensor:

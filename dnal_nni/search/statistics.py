@@ -50,5 +50,5 @@ class Pace:
         slowest = min(momentum for _, momentum in self.changed)
         return (
             f"the running statistics of {len(self.changed)} norms follow with momentum {self.least:g} instead of "
-            f"{slowest:g}, in the search and in the cut network: else they would lag behind"
+            f"{slowest:g}, in training and in the cut network: else they would lag behind"
         )

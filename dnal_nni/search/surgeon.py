@@ -37,7 +37,7 @@ def removal_losses(
     batches: Iterable[Any],
     loss: Loss | None = None,
 ) -> Tensor:
-    """What the loss rises by as each unit goes, those of its group that are worth less ahead of it: float64 ``[units]``.
+    """What the loss rises by as each unit goes, behind those of its group that are worth less: float64 ``[units]``.
 
     Of groups that something else than plain convolutions and linear layers reads (a recurrent layer, a grouped
     convolution, the product of queries and keys), it is the rise when nothing makes up for it. The model runs in eval
@@ -85,6 +85,11 @@ def removal_losses(
             alone = gate_losses(model, gates, samples, of).cpu().split(sizes)
             found = [own if losses is None else losses for own, losses in zip(alone, found)]
     return torch.cat([losses for losses in found if losses is not None])
+
+
+def worth(losses: Tensor, costs: Tensor) -> Tensor:
+    """Logarithm of the losses that removals cost, for what each unit costs: both ``[units]``, so is the result."""
+    return (losses.clamp(min=1e-300) / costs.cpu().clamp(min=1e-3 * float(costs.mean()))).log()
 
 
 def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:

@@ -200,7 +200,7 @@ WRONG = {
     "no budget": ([*D, "--flops", "nan"], "--flops nan: give a number above 0: up to 1 the fraction to keep"),
     "a budget in words": ([*D, "--params", "half"], "--params half: give a number above 0"),
     "unreachable": ([*D, "--flops", "0.001"], r"--flops 0.001 cannot be reached: .*, flops=0\.0404 remains"),
-    "no epochs": ([*D, "--search-epochs", "0"], "--search-epochs 0: give a whole number of at least 1"),
+    "no epochs": ([*D, "--search-epochs", "-1"], "--search-epochs -1: give a whole number of at least 0"),
     "words": ([*D, "--epochs", "many"], "--epochs many: give a whole number of at least 0"),
     "learning rate": ([*D, "--lr", "-1"], "--lr -1: give a number above 0"),
     "normalisation": ([*D, "--mean", "0.5", "--std", "0"], "--mean and --std: give as many numbers"),

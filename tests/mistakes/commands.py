@@ -159,8 +159,8 @@ COMMANDS: Mistakes = {
         "--flops and --params have several numbers each: give one of them a single one",
     ),
     "no epochs of the search": (
-        typed(f"{RUN} --flops 0.5 --search-epochs 0"),
-        "--search-epochs 0: give a whole number of at least 1",
+        typed(f"{RUN} --flops 0.5 --search-epochs -1"),
+        "--search-epochs -1: give a whole number of at least 0",
     ),
     "half an epoch": (typed(f"{RUN} --flops 0.5 --epochs 1.5"), "--epochs 1.5: give a whole number of at least 0"),
     "a rate of zero": (typed(f"{RUN} --flops 0.5 --lr 0"), "--lr 0: give a number above 0"),
