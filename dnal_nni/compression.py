@@ -125,8 +125,7 @@ class Compression:
     def _chosen(self, session: Session, batches: Sequence[Any]) -> tuple[nn.Module, Report]:
         """What goes is what the layers behind make up for; and they do."""
         inputs = _inputs(batches)
-        with phase("choosing what goes"):
-            session.choose(batches=inputs)
+        session.choose(batches=inputs)
         slim = session.speedup()
         session.repair(slim, torch.cat(inputs))
         note = "what goes was chosen by what its removal costs; the layers were fitted to the uncut network's"

@@ -212,7 +212,8 @@ class Session:
                 floor = objective.floor()
             return cut(objective, scores, floor, lambda units: plan.cost_of(units, self.model))
 
-        keep = self.harden(plan.by_group(from_first(chosen)))
+        with phase("weighing what removals cost"):
+            keep = self.harden(plan.by_group(from_first(chosen)))
         self.seconds["choose"] = time.perf_counter() - start
         return keep
 

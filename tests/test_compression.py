@@ -67,7 +67,7 @@ def test_digits_from_a_loader_and_a_loss() -> None:
 
 @pytest.mark.parametrize("epochs", [12, 0])
 def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
-    """Of what it found only the widths stay where the uncut network, cut to these and repaired, has the lower loss."""
+    """Where the uncut network, cut to its widths or to those of a choice, and repaired, has the lower loss."""
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
@@ -87,11 +87,36 @@ def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
         model, batches, budget=HALF, validate=right, lr=0.02, search_epochs=1, epochs=0, progress=False
     )
     assert same(state(model), before)
-    notes = [note for note in report.notes if note.startswith("after the cut the layers were fitted")]
+    kept = ("after the cut the layers were fitted", "the search is not used")
+    notes = [note for note in report.notes if note.startswith(kept)]
     assert len(notes) == (epochs > 0) and report.accuracy[1] == right(slim) and report_of(slim) is report
+    assert report.seconds["search"] > 0 and report.interventions.steps == 30
+    assert report.after.flops == measure(slim, images[:1]).flops
     if notes:
-        loss = float(torch.stack([F.cross_entropy(slim.eval()(x), y) for x, y in batches[:8]]).mean().detach())
-        assert f"a loss of {loss:.3g} on 8 batches" in notes[0]
+        loss = float(torch.stack([F.cross_entropy(slim.eval()(x), y) for x, y in batches[:11]]).mean().detach())
+        assert f"{loss:.3g} on 11 batches" in notes[0]
+
+
+def test_without_a_search_what_goes_is_chosen_and_the_rest_repaired() -> None:
+    torch.manual_seed(0)
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    batches = list(zip(images[:1500].split(50), labels[:1500].split(50)))
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for x, y in 12 * batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    before = state(model)
+    held_out = [(images[1500:], labels[1500:])]
+    slim, report = compress(model, batches, budget=HALF, validate=held_out, epochs=0, progress=False)
+    assert same(state(model), before) and report.decided is None and "search" not in report.interventions.changed
+    dense, left = report.accuracy
+    assert dense > 80 and left > dense - 10  # a cut as it is leaves next to nothing
+    assert report.after.flops == measure(slim, images[:1]).flops <= 0.509 * report.before.flops
+    again, _ = compress(model, batches, budget=HALF, epochs=0, progress=False)
+    assert same(state(slim), state(again))
 
 
 def test_validate_is_a_function_exclude_an_object_optimizer_a_factory(small: nn.Module, batches: Batches) -> None:

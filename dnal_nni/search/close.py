@@ -49,8 +49,9 @@ def measured_cut(
         found = abs(ratio - 1) > OVER, ratio > 1 + TOLERANCE, abs(ratio - 1), units
         if best is None or found[:3] < best[:3]:
             best = found
-        if best[:3] <= (False, False, TOLERANCE):
-            break
+        foreseen = abs(ratio * target / float(objective.relative(units.double())[0]) - 1) <= TOLERANCE
+        if best[:3] <= (False, False, TOLERANCE) or (foreseen and 0 <= 1 - ratio <= CLOSE):
+            break  # what is left of the gap is the structure's: another would be nearer, not better
         low, high = (max(low, aim), high) if ratio < 1 else (low, min(high, aim))
         aim = aim / ratio if low < aim / ratio < high else (low + high) / 2
     assert best is not None

@@ -88,8 +88,8 @@ def removal_losses(
 
 
 def worth(losses: Tensor, costs: Tensor) -> Tensor:
-    """Logarithm of the losses that removals cost, for what each unit costs: both ``[units]``, so is the result."""
-    return (losses.clamp(min=1e-300) / costs.cpu().clamp(min=1e-3 * float(costs.mean()))).log()
+    """What removals cost, for what each unit costs: ``[units]``, as both are."""
+    return losses / costs.cpu().clamp(min=1e-3 * float(costs.mean()))
 
 
 def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:

@@ -397,10 +397,11 @@ def test_it_says_what_it_does(work: Path, capsys: Any) -> None:
     started = "no --weights were given: mynets:net starts with its own, random ones unless it loads some"
     assert started in said and started in read_report(work / "run").notes
     phases = ["reading which channels go together", "proving what can be cut", "counting every layer"]
-    phases += ["choosing what goes", "cutting, and comparing with the gated network", "measuring the latency"]
-    for phase in phases:
-        assert said.count(f"{phase} ...") == 1
-        assert sum(bool(re.fullmatch(rf"{phase}: \d+\.\d s", line)) for line in said) == 1
+    phases += ["choosing what goes", "weighing what removals cost", "measuring the latency"]
+    cutting = "cutting, and comparing with the gated network"  # what was searched, and what is chosen without
+    for phase, times in {**dict.fromkeys(phases, 1), cutting: 2}.items():
+        assert said.count(f"{phase} ...") == times
+        assert sum(bool(re.fullmatch(rf"{phase}: \d+\.\d s", line)) for line in said) == times
     assert any(line.startswith("searching, 8 steps: cost is ") and "; delta is " in line for line in said)
     save_file(import_module("mynets").net().state_dict(), "net.safetensors")
     assert compress(*D, "--weights", "net.safetensors", out="trained") == 0
