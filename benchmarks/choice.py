@@ -2,11 +2,11 @@
 
     python benchmarks/choice.py --data DIR --out benchmarks/results/choice.jsonl
 
-DIR as in `peers.py`. ResNet-20 at half width on the first 6,400 images of a data set: 8 epochs, then 6 in all (batch 64,
-bfloat16 autocast, SGD with Nesterov momentum 0.9, weight decay 5e-4, lr 0.1 and then 0.05, 5 % warm-up and half a
-cosine; mirrored and shifted at random). choice: `choose(batches=...)` and `repair` on 512 images. uniform: the same share
-of every group by its norms, and `repair`. search: the default search for 2 of the epochs, the weights learning too; norms
-re-estimated. One JSON line a run; lines that are there are not repeated. Accuracies are of all test images.
+DIR as in `peers.py`. ResNet-20 at half width on the first 6,400 images of a data set: 8 epochs, then 6 in all (batch
+64, bfloat16 autocast, SGD with Nesterov momentum 0.9, weight decay 5e-4, lr 0.1 and then 0.05, 5 % warm-up and half a
+cosine; mirrored and shifted at random). choice: `choose(batches=...)` and `repair` on 512 images. uniform: the same
+share of every group by its norms, and `repair`. search: the default search for 2 of the epochs, the weights learning
+too; norms re-estimated. One JSON line a run; lines that are there are not repeated. Accuracies are of all test images.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import copy
 import itertools
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,8 +25,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar_data import augmented
-from cifar_models import MODELS
 from cuts import uniform_ranks
 from peers import load
 from provenance import provenance
@@ -36,8 +35,12 @@ from torch.optim.swa_utils import update_bn
 from dnal_nni import Budget
 from dnal_nni.plan import Plan
 from dnal_nni.search.close import cut
-from dnal_nni.session import Session
 from dnal_nni.search.importance import importance
+from dnal_nni.session import Session
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from cifar_data import augmented
+from cifar_models import MODELS
 
 METHODS = ("choice", "uniform", "search")
 WIDTH, SUBSET, BATCH, TRAINED, EPOCHS, SEARCHED, IMAGES = 0.5, 6400, 64, 8, 6, 2, 512
