@@ -20,20 +20,17 @@ from torch import Tensor, nn
 
 from .arguments import checked, checked_but, shown
 from .channels.tp_groups import dependency_groups
+from .decisions import chosen, learned
 from .errors import DNALError
 from .modules.gates import ScaledSigmoidGate
 from .outcome import reported, sizeless
 from .plan import Method, Plan
 from .progress import logger, phase
 from .report.record import Report
-from .search.close import cut, threshold_cut
-from .search.criteria import Criterion, Loss, criterion_scores
+from .search.criteria import Criterion, Loss
 from .search.informed import Informed
-from .search.learner import Decides
 from .search.loop import Search, check_over
-from .search.paper import PAPER_THRESHOLD
 from .search.ranks import from_first, is_first
-from .search.surgeon import removal_losses, worth
 from .storage.state import load_state, save_state, under_own_names
 from .surgery.compare import check_equal
 from .surgery.inject import attach, check_layers, check_members, check_ungated, detach, is_gated, layers_of
@@ -158,16 +155,16 @@ class Session:
             for note in search.notes():
                 logger.warning(note)
             with phase("choosing what goes"):
-                chosen = from_first(lambda: _learned(self, search))
+                kept = from_first(lambda: learned(self.plan, self.model, list(self.gates.values()), search))
         else:
-            chosen = every_group(keep, self.plan.active)
+            kept = every_group(keep, self.plan.active)
         for group in self.plan.active:
             if group.choice and not group.least:  # blocks: behind one that closes nothing runs
-                chosen[group.name] = chosen[group.name].cumprod(0).bool()
+                kept[group.name] = kept[group.name].cumprod(0).bool()
         for name, gate in self.gates.items():
-            gate.harden(chosen[name])
-        self.keep, self._report = chosen, None
-        return chosen
+            gate.harden(kept[name])
+        self.keep, self._report = kept, None
+        return kept
 
     @checked
     def choose(
@@ -182,8 +179,7 @@ class Session:
             importance: None: what the loss would rise by, and the layers behind make up for, per cost of a unit
                 (:mod:`~dnal_nni.search.surgeon`); call :meth:`repair` on the cut network then. Or a criterion of
                 torch-pruning, ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score
-                for each channel of its root. Of all groups the lowest go first, down to the floor that a search has
-                too.
+                for each channel of its root; the lowest go first, down to the floor that a search has too.
             batches: some hundred examples in the form of the dummy input, no labels. With a criterion: for those that
                 need gradients or activations, ``(inputs, labels)``; None: the gradients that the parameters have.
             loss: from the model and a batch to its loss, 0-d; None: how far what the model returns moves, no labels
@@ -193,27 +189,9 @@ class Session:
         Returns:
             as :meth:`harden`.
         """
-        plan, start = self.plan, time.perf_counter()
-        if plan.objective is None:
-            raise DNALError("choose() needs a budget, or a sparse_ratio in the config_list, to cut to")
-        if importance is None and batches is None:
-            raise DNALError("choose(): give batches=[inputs], some hundred examples, or a criterion of torch-pruning")
-        if importance is None and any(group.choice for group in plan.active):
-            raise DNALError("choose(): the model is a supernet, and only a search compares candidates: call search()")
-        objective = plan.objective
-
-        def chosen() -> Tensor:
-            if importance is None:
-                assert batches is not None
-                losses = removal_losses(self.model, plan.active, list(self.gates.values()), batches, loss)
-                scores, floor = worth(losses, objective.whole), list(objective.limits.least)
-            else:
-                scores = criterion_scores(self.model, plan.active, importance, batches, loss)
-                floor = objective.floor()
-            return cut(objective, scores, floor, lambda units: plan.cost_of(units, self.model))
-
+        start, of = time.perf_counter(), (self.plan, self.model, list(self.gates.values()))
         with phase("weighing what removals cost"):
-            keep = self.harden(plan.by_group(from_first(chosen)))
+            keep = self.harden(from_first(lambda: chosen(*of, importance, batches, loss)))
         self.seconds["choose"] = time.perf_counter() - start
         return keep
 
@@ -388,8 +366,8 @@ def _check_state(session: Session, state: Mapping[str, Any]) -> None:
         raise DNALError("load_state_dict: this is not what pruner.state_dict() returned")
     mine, theirs = session.settings(), state.get("settings", {})
     for name, value in theirs.items():
-        chosen = name == "channel_multiple" and value in session.plan.tried  # by latencies, which are never the same
-        if value != mine.get(name) and not chosen:
+        tried = name == "channel_multiple" and value in session.plan.tried  # by latencies, which are never the same
+        if value != mine.get(name) and not tried:
             raise DNALError(
                 f"load_state_dict: the search ran with {name}={value!r}, here it is {mine.get(name)!r}: make the "
                 "pruner as it was, or start anew"
@@ -402,18 +380,3 @@ def _check_state(session: Session, state: Mapping[str, Any]) -> None:
         here = session.gates[name].s.numel()
         if tuple(values["s"].shape) != (here,):
             raise DNALError(f"load_state_dict: gate {name} has {values['s'].numel()} channels, here {here}")
-
-
-def _learned(session: Session, search: Search) -> dict[str, Tensor]:
-    """What a search decided, cut to the budget; fvcore has the last word on what that costs."""
-    plan, scores, gates = session.plan, search.scores, session.gates.values()
-    if isinstance(scores, Decides):
-        return plan.by_group(scores.chosen())
-    s = torch.cat([gate.s.detach() for gate in gates]).double().cpu()
-    if plan.objective is None:
-        asked = [setting.sparse_threshold for setting in plan.settings]
-        thresholds = [PAPER_THRESHOLD if threshold is None else threshold for threshold in asked]
-        delta = float(next(iter(gates)).delta)
-        return plan.by_group(threshold_cut(s, delta, thresholds, plan.limits, plan.sizes))
-    rank = scores.rank(s).cpu()
-    return plan.by_group(cut(plan.objective, rank, scores.floor, lambda units: plan.cost_of(units, session.model)))

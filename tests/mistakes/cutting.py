@@ -117,7 +117,10 @@ CUTS: Mistakes = {
         hardened(None),
         "nothing has been learned yet: run search() or compress() first, or pass keep=",
     ),
-    "choose without a criterion": (lambda s: s.prune().choose(), "choose: missing a required argument: 'importance'"),
+    "choose without a criterion": (
+        lambda s: s.prune().choose(),
+        "choose(): give batches=[inputs], some hundred examples, or a criterion of torch-pruning",
+    ),
     "choose by name": (lambda s: s.prune().choose("l1"), "choose(importance=...) is 'l1': give a function"),
     "choose without a budget": (
         lambda s: s.prune(budget=None).choose(lambda group: torch.ones(8)),
