@@ -12,7 +12,9 @@ from torch import Tensor, nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # NNI wraps every class of torch.nn when it is imported
     import nni
-    from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableBatchNorm2d, MutableConv2d, MutableLinear, Repeat
+    from nni.nas.nn.pytorch import (
+        LayerChoice, ModelSpace, MutableBatchNorm1d, MutableBatchNorm2d, MutableConv2d, MutableLinear, Repeat,
+    )  # fmt: skip
 
 WIDTHS = [4, 8, 12], [8, 16, 24]
 HIDDEN = [42, 84]
@@ -98,7 +100,9 @@ class Fused(nn.Module):
             return [stage(fan_in[i], widths[i - 1], f"{label}_{name}{i}") for i in which]
 
         def dense(width: Any) -> nn.Module:
-            return nn.Sequential(nn.Flatten(), MutableLinear(16 * width, hidden), nn.ReLU())
+            layer = MutableLinear(16 * width, hidden, bias=False)
+            # the norm: sums of candidates come in many sizes, and without it the units behind them die
+            return nn.Sequential(nn.Flatten(), layer, MutableBatchNorm1d(hidden), nn.ReLU())
 
         def layer(width: Any) -> nn.Module:
             return conv(width, first) if place < 2 else dense(width)
@@ -148,7 +152,8 @@ class ByHand(nn.Module):
         super().__init__()
         self.modalities = modalities
         self.towers = nn.ModuleList(tower(width) for _ in modalities)
-        self.head = nn.Sequential(nn.Linear(32 * width * len(modalities), hidden), nn.ReLU(), nn.Linear(hidden, 10))
+        first = nn.Linear(32 * width * len(modalities), hidden, bias=False)
+        self.head = nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [tower(x[:, i : i + 1]) for i, tower in zip(self.modalities, self.towers)]
