@@ -13,8 +13,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # NNI wraps every class of torch.nn when it is imported
     import nni
     from nni.nas.nn.pytorch import (
-        LayerChoice, ModelSpace, MutableBatchNorm1d, MutableBatchNorm2d, MutableConv2d, MutableLinear, Repeat,
-    )  # fmt: skip
+        LayerChoice,
+        ModelSpace,
+        MutableBatchNorm1d,
+        MutableBatchNorm2d,
+        MutableConv2d,
+        MutableLinear,
+        Repeat,
+    )
 
 WIDTHS = [4, 8, 12], [8, 16, 24]
 HIDDEN = [42, 84]
