@@ -84,7 +84,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("kill", [8, 22, 44])
+@pytest.mark.parametrize("kill", [22, *(pytest.param(step, marks=pytest.mark.slow) for step in (8, 44))])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_killed_and_continued_is_as_if_nothing_had_happened(name: str, kill: int, tmp_path: Path) -> None:
     own = name != "static"
