@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DNALError
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.running import flatten_tensors
-from ..surgery.layer_calls import LayerCall, LayerCalls, by_place, some_places, unfolds
+from ..surgery.layer_calls import LayerCall, LayerCalls, by_place, some_places
 from .leaves import FactorLeaves, factors_of
 
 
@@ -21,8 +21,8 @@ class Factors:
     """Sums over examples and places, float64: what K-FAC knows of a layer.
 
     Attributes:
-        inner: ``[n, n]``, of the products of its inputs with each other; ``n`` as ``weight.flatten(1)`` has it.
-        sums: ``[n]``, of its inputs.
+        inner: ``[n, n]``, of the products of its input channels with each other, at the same place.
+        sums: ``[n]``, of its input channels.
         rows: how many there are.
         outer: ``[channels, channels]``, of the products of the gradients at its outputs.
     """
@@ -45,7 +45,7 @@ class FactorCalls(LayerCalls):
     Args:
         model: that will run.
         paths: of its layers, those to look at, where they are convolutions or linear layers.
-        columns: that the inputs of a layer may have at most.
+        columns: input channels that a layer may have at most.
     """
 
     def __init__(self, model: nn.Module, paths: Collection[str], columns: int) -> None:
@@ -53,34 +53,33 @@ class FactorCalls(LayerCalls):
         self.layers = {
             key: (path, module)
             for key, (path, module) in self.layers.items()
-            if path in paths and module.weight[0].numel() <= columns
+            if path in paths and module.weight.shape[1] <= columns
         }
         self.factors: dict[str, Factors] = {}
         self.calls = 0
 
     def layer(self, path: str, module: nn.Module, made: LayerCall) -> Tensor:
         out = made()
-        if not out.requires_grad or not unfolds(module):
+        if not out.requires_grad:
             return out
         assert isinstance(module.weight, Tensor)
-        channels, n = len(module.weight), module.weight[0].numel()
+        channels, n = module.weight.shape[:2]
         if path not in self.factors:
             zeros = torch.zeros(n * n + n + channels**2, dtype=torch.float64, device=out.device)
             inner, sums, outer = zeros.split([n * n, n, channels**2])
             self.factors[path] = Factors(inner.view(n, n), sums, 0, outer.view(channels, channels))
         factors = self.factors[path]
         with torch.no_grad():
-            places = some_places(by_place(module, out), self.calls)
-            for _, examples in made.chunks(n):
-                columns = made.columns(module, places, examples)[..., :n].flatten(0, 1).float()
-                factors.inner += columns.T @ columns
-                factors.sums += columns.sum(0)
-                factors.rows += len(columns)
+            rows = by_place(module, made.x)
+            rows = rows[:, some_places(rows, self.calls)].flatten(0, 1).float()
+            factors.inner += rows.T @ rows
+            factors.sums += rows.sum(0)
+            factors.rows += len(rows)
         self.calls += 1
 
         def back(grad: Tensor) -> None:
-            rows = by_place(module, grad).flatten(0, 1).double()
-            factors.outer.add_(rows.T @ rows)
+            gradients = by_place(module, grad).flatten(0, 1).double()
+            factors.outer.add_(gradients.T @ gradients)
 
         out.register_hook(back)
         return out

@@ -2,8 +2,8 @@
 
 Where columns ``R`` of the inputs of a layer go and the rest of its weights ``W`` change for the best, the loss rises by
 ``1/2 tr(A W_R ([H^-1]_RR)^-1 W_R^T)`` (Hassibi and Stork 1993), with ``H`` the covariance of its inputs and ``A`` that
-of the gradients at its outputs, the Kronecker factors of the Fisher matrix (Martens and Grosse 2015; of convolutions,
-Grosse and Martens 2016). :mod:`~dnal_nni.surgery.repair` is what makes that change.
+of the gradients at its outputs, the Kronecker factors of the Fisher matrix (Martens and Grosse 2015). The places of a
+kernel are taken for independent of each other. :mod:`~dnal_nni.surgery.repair` is what makes that change.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[C
     held = 0
     for group in groups:
         weights = [getattr(model.get_submodule(m.path), "weight", None) for m in group.consumers if not m.bare]
-        columns = [weight[0].numel() for weight in weights if isinstance(weight, Tensor)]
+        columns = [weight.shape[1] for weight in weights if isinstance(weight, Tensor) and weight.dim() > 1]
         size = sum(n**2 for n in columns if n <= COLUMNS)
         if part and held + size > HOLD:
             yield part
@@ -117,7 +117,7 @@ class _Reader:
     """A layer that reads the channels of a group, as units go.
 
     Args:
-        weight: ``[channels, n]``.
+        weight: ``[channels, n, size of the kernel]``, whose places are taken for independent of each other.
         factors: of the layer.
         examples: that the gradients are of.
         columns: int64 ``[k]``, of the inputs.
@@ -126,7 +126,8 @@ class _Reader:
 
     def __init__(self, weight: Tensor, factors: Factors, examples: int, columns: Tensor, units: Tensor) -> None:
         self.inverse = torch.cholesky_inverse(_root(factors.covariance, RIDGE))
-        self.weight = _root(factors.outer / examples, 1e-8).T @ weight
+        root = _root(factors.outer / examples, 1e-8)
+        self.weight = torch.einsum("oc,oik->kci", root, weight).flatten(0, 1)
         counts = units.bincount()
         order = units.argsort(stable=True)
         self.blocks = []  # units with as many columns: int64 [m] and [m, columns of each]
@@ -193,12 +194,9 @@ def _readers(
             return None
         weight = model.get_submodule(member.path).weight
         assert isinstance(weight, Tensor)
-        size = weight[0, 0].numel()  # of the kernel
-        places = torch.arange(size, device=weight.device)
-        columns = (member.channels.to(weight.device).unsqueeze(1) * size + places).flatten()
-        units = member.units.to(weight.device).repeat_interleave(size)
-        flat = weight.detach().flatten(1).double()
-        readers.append(_Reader(flat, factors[member.path], examples, columns, units))
+        flat = weight.detach().flatten(2) if weight.dim() > 2 else weight.detach().unsqueeze(2)
+        columns, units = member.channels.to(weight.device), member.units.to(weight.device)
+        readers.append(_Reader(flat.double(), factors[member.path], examples, columns, units))
     return readers or None
 
 
