@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.running import flatten_tensors
 from ..surgery.layer_calls import LayerCall, LayerCalls, by_place, some_places
 from .leaves import FactorLeaves, factors_of
+
+RIDGE = 1e-3  # by the mean variance of the inputs
+ROUNDING = 1e-10  # by mean squares
 
 
 @dataclasses.dataclass
@@ -32,11 +36,23 @@ class Factors:
     rows: int
     outer: Tensor
 
-    @property
-    def covariance(self) -> Tensor:
-        """Of the inputs, ``[n, n]``: a constant is made up for by a bias, or by the norm behind."""
-        mean = self.sums / self.rows
-        return self.inner / self.rows - mean.outer(mean)
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """Of the covariance of the inputs, ``[n, n]``: a constant is made up for by a bias, or by the norm behind."""
+        square, mean = self.inner / self.rows, self.sums / self.rows
+        covariance = square - mean.outer(mean)
+        ridge = RIDGE * covariance.diagonal().mean() + ROUNDING * square.diagonal().mean()
+        return torch.cholesky_inverse(_root(covariance, ridge))
+
+    @functools.cached_property
+    def root(self) -> Tensor:
+        """``L`` with ``L L^T = outer``, ``[channels, channels]``."""
+        return _root(self.outer, ROUNDING * self.outer.diagonal().mean())
+
+
+def _root(matrix: Tensor, ridge: Tensor) -> Tensor:
+    """``L`` with ``L L^T = matrix``, with a ``ridge`` (0-d) on its diagonal."""
+    return torch.linalg.cholesky(matrix + torch.diag(ridge.clamp(min=1e-30).expand(len(matrix))))
 
 
 class FactorCalls(LayerCalls):
@@ -71,7 +87,7 @@ class FactorCalls(LayerCalls):
         factors = self.factors[path]
         with torch.no_grad():
             rows = by_place(module, made.x)
-            rows = rows[:, some_places(rows, self.calls)].flatten(0, 1).float()
+            rows = rows[:, some_places(rows, self.calls)].flatten(0, 1).double()
             factors.inner += rows.T @ rows
             factors.sums += rows.sum(0)
             factors.rows += len(rows)

@@ -9,6 +9,7 @@ kernel are taken for independent of each other. :mod:`~dnal_nni.surgery.repair` 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,6 @@ from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
 from .criteria import Loss, as_it_was, samples_of
 from .fisher import FactorCalls, Factors, gate_losses, noise_in
 
-RIDGE = 1e-3  # by the mean square of the inputs
 COLUMNS = 5_000  # of a layer's inputs, at most: their covariance is inverted
 SAMPLES = 64  # that the diagonal is of, where a group has no such layers
 HOLD = 2**27  # numbers of covariances at a time
@@ -125,9 +125,8 @@ class _Reader:
     """
 
     def __init__(self, weight: Tensor, factors: Factors, examples: int, columns: Tensor, units: Tensor) -> None:
-        self.inverse = torch.cholesky_inverse(_root(factors.covariance, RIDGE))
-        root = _root(factors.outer / examples, 1e-8)
-        self.weight = torch.einsum("oc,oik->kci", root, weight).flatten(0, 1)
+        self.inverse = factors.inverse.clone()
+        self.weight = torch.einsum("oc,oik->kci", factors.root / math.sqrt(examples), weight).flatten(0, 1)
         counts = units.bincount()
         order = units.argsort(stable=True)
         self.blocks = []  # units with as many columns: int64 [m] and [m, columns of each]
@@ -192,15 +191,11 @@ def _readers(
             continue
         if member.bare or member.path not in factors:
             return None
+        if not bool(factors[member.path].inner.isfinite().all() & factors[member.path].outer.isfinite().all()):
+            raise DNALError(f"choose(batches=...): what reaches {member.path}, or its gradient, is nan or infinite")
         weight = model.get_submodule(member.path).weight
         assert isinstance(weight, Tensor)
         flat = weight.detach().flatten(2) if weight.dim() > 2 else weight.detach().unsqueeze(2)
         columns, units = member.channels.to(weight.device), member.units.to(weight.device)
         readers.append(_Reader(flat.double(), factors[member.path], examples, columns, units))
     return readers or None
-
-
-def _root(matrix: Tensor, ridge: float) -> Tensor:
-    """``L`` with ``L L^T = matrix + ridge * its mean diagonal``."""
-    diagonal = (ridge * matrix.diagonal().mean()).clamp(min=1e-30)
-    return torch.linalg.cholesky(matrix + torch.diag(diagonal.expand(len(matrix))))

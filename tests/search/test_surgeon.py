@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError
 from dnal_nni.plan import Plan
-from dnal_nni.search import surgeon
+from dnal_nni.search import fisher
 from dnal_nni.search.surgeon import removal_losses
 from dnal_nni.session import Session
 
@@ -36,7 +36,7 @@ def two_layers(width: int, outputs: int = 3) -> nn.Sequential:
 
 
 def test_the_cheapest_unit_costs_what_least_squares_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgeon, "RIDGE", 1e-9)
+    monkeypatch.setattr(fisher, "RIDGE", 1e-9)
     model, x = two_layers(8), torch.randn(400, 6)
     session = session_of(model, x[:1])
     losses = losses_of(session, [x], loss=squared_error)
@@ -53,7 +53,7 @@ def test_the_cheapest_unit_costs_what_least_squares_leaves(monkeypatch: pytest.M
 
 
 def test_of_two_units_one_makes_up_for_what_is_correlated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgeon, "RIDGE", 1e-9)
+    monkeypatch.setattr(fisher, "RIDGE", 1e-9)
     model, x = two_layers(2), torch.randn(400, 6)
     losses = losses_of(session_of(model, x[:1]), [x], loss=squared_error)
     hidden, weight = model[:2](x).detach().double(), model[2].weight.detach().double()
@@ -65,7 +65,7 @@ def test_of_two_units_one_makes_up_for_what_is_correlated(monkeypatch: pytest.Mo
 
 
 def test_one_of_two_equal_units_costs_nothing_and_both_cost_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgeon, "RIDGE", 1e-9)
+    monkeypatch.setattr(fisher, "RIDGE", 1e-9)
     model = two_layers(8)
     with torch.no_grad():
         model[0].weight[5] = model[0].weight[2]
@@ -149,4 +149,15 @@ def test_refusals() -> None:
         session.choose(batches=[torch.randn(4, 7)])
     with pytest.raises(DNALError, match="rejects"):
         session.choose(batches=[(torch.randn(4, 6), torch.zeros(4))])
+    with pytest.raises(DNALError, match="what reaches 2, or its gradient, is nan or infinite"):
+        session.choose(batches=[torch.full((4, 6), torch.nan)])
     assert session.keep is None
+
+
+def test_inputs_with_means_far_above_their_spread() -> None:
+    model = two_layers(8).double()
+    with torch.no_grad():
+        model[0].weight *= 1e-4
+        model[0].bias += 3.0
+    session = session_of(model, torch.randn(1, 6).double())
+    assert bool(losses_of(session, [torch.randn(300, 6).double()]).isfinite().all())
