@@ -125,14 +125,16 @@ class _Reader:
     """
 
     def __init__(self, weight: Tensor, factors: Factors, examples: int, columns: Tensor, units: Tensor) -> None:
-        self.inverse = factors.inverse.clone()
-        self.weight = torch.einsum("oc,oik->kci", factors.root / math.sqrt(examples), weight).flatten(0, 1)
-        counts = units.bincount()
         order = units.argsort(stable=True)
+        columns, units = columns[order], units[order]
+        self.inverse = factors.inverse[columns][:, columns]  # removals change this part by itself
+        weight = weight[:, columns] / math.sqrt(examples)
+        self.weight = torch.einsum("oc,oik->kci", factors.root, weight).flatten(0, 1)
+        counts = units.bincount()
         self.blocks = []  # units with as many columns: int64 [m] and [m, columns of each]
         for count in counts[counts > 0].unique().tolist():
-            mine = counts[units[order]] == count
-            self.blocks.append(((counts == count).nonzero().flatten(), columns[order][mine].view(-1, count)))
+            mine = (counts[units] == count).nonzero().view(-1, count)
+            self.blocks.append((units[mine[:, 0]], mine))
 
     def costs(self, open_units: Tensor) -> Tensor:
         """What the loss rises by if one unit goes, of those that are open (bool ``[units]``): float64 ``[units]``."""
@@ -140,10 +142,10 @@ class _Reader:
         for units, columns in self.blocks:
             left = open_units[units]
             units, columns = units[left], columns[left]
-            if len(units):
-                weight = self.weight.T[columns]  # [units, columns, channels]
-                inner = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
-                found[units] = 0.5 * (weight * torch.linalg.solve(inner, weight)).sum((1, 2))
+            weight = self.weight.T[columns]  # [units, columns, channels]
+            inner = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
+            alone = columns.shape[1] == 1
+            found[units] = 0.5 * (weight * (weight / inner if alone else torch.linalg.solve(inner, weight))).sum((1, 2))
         return found
 
     def remove(self, chosen: Tensor) -> float:
