@@ -107,7 +107,7 @@ class Fused(nn.Module):
 
         def dense(width: Any) -> nn.Module:
             layer = MutableLinear(16 * width, hidden, bias=False)
-            # the norm: sums of candidates come in many sizes, and without it the units behind them die
+            # the norm: sums of candidates come in many sizes
             return nn.Sequential(nn.Flatten(), layer, MutableBatchNorm1d(hidden), nn.ReLU())
 
         def layer(width: Any) -> nn.Module:
