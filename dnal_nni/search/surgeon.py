@@ -21,10 +21,10 @@ from ..channels.groups import ChannelGroup
 from ..errors import DNALError, told
 from ..modules.gates import ScaledSigmoidGate
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
+from ..surgery.layer_calls import COLUMNS
 from .criteria import Loss, as_it_was, samples_of
 from .fisher import FactorCalls, Factors, gate_losses, noise_in
 
-COLUMNS = 5_000  # of a layer's inputs, at most: their covariance is inverted
 SAMPLES = 64  # that the diagonal is of, where a group has no such layers
 HOLD = 2**27  # numbers of covariances at a time
 STAGES = 32  # a round removes one in so many of the units that are left

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 CHUNK = 2**24  # numbers of a convolution's unfolded input at a time
+COLUMNS = 5_000  # numbers that an output is a function of, at most: matrices of their products are inverted
 ROWS = 20_000  # places of all examples together that a layer is looked at; every example has one at least
 
 _CONVOLUTIONS: tuple[Any, ...] = (torch.conv1d, torch.conv2d)

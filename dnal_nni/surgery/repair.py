@@ -17,7 +17,7 @@ from ..arguments import shown
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError, told
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
-from .layer_calls import LayerCall, LayerCalls, by_place, some_places, unfolds
+from .layer_calls import COLUMNS, LayerCall, LayerCalls, by_place, some_places, unfolds
 from .slim import Keep
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # of the ridge, by the mean square of the inputs
@@ -47,8 +47,9 @@ def repair(
     ``Y`` in ``dense``, one column a place: ``W + R X^T (X X^T + strength)^-1`` with ``R = Y - W X``, which is the least
     of ``|Y - V X|^2 + strength |V - W|^2`` over ``V``. The strength is that which does best on the half of the examples
     that it was not fitted to, the halves taking turns; a layer that no strength improves there stays as it is. Grouped
-    and depthwise convolutions, layers that run more than once and those with computed weights stay too. At last
-    :func:`settle_norms`, so that training begins at the function that was fitted.
+    and depthwise convolutions, layers that run more than once, of more than 5,000 inputs (VGG's first linear layer) and
+    with computed weights stay too. At last :func:`settle_norms`, so that training begins at the function that was
+    fitted.
 
     Args:
         dense: the uncut network.
@@ -172,6 +173,8 @@ class _Fitter(LayerCalls):
     def _fit(self, path: str, module: Any, made: LayerCall) -> None:
         wanted, places = self.recorder.outputs[path], self.recorder.places[path]
         weight = module.weight.flatten(1).double()
+        if weight.shape[1] > COLUMNS:
+            return
         if module.bias is not None:
             weight = torch.cat([weight, module.bias.double().unsqueeze(1)], 1)
         moments = [_Moments(weight), _Moments(weight)]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner
 from dnal_nni.modules.choices import Mixture
+from dnal_nni.plan import Plan
+from dnal_nni.session import Session
 from dnal_nni.surgery.repair import STRENGTHS, repair, settle_norms
 
 
@@ -238,3 +240,16 @@ def test_what_repair_asks_for(x: Tensor) -> None:
     pruner.harden({})
     with pytest.raises(DNALError, match="repair: the model is a supernet"):
         pruner.repair(pruner.speedup(), x)
+
+
+def test_very_wide_layers_stay() -> None:
+    """A matrix of the products of all inputs of VGG's first linear layer would take 5 GB, several times."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 10))
+    x = torch.randn(16, 3, 32, 32)
+    session = Session(model, Plan.of(model, x[:1], budget=Budget(flops=0.5)))
+    session.choose(batches=[x])
+    slim = session.speedup()
+    before = slim[4].weight.clone()
+    errors = session.repair(slim, x)
+    assert "2" in errors and "4" not in errors and torch.equal(slim[4].weight, before)
