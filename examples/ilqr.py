@@ -7,8 +7,9 @@ The first takes about a minute on one CPU core, the second some twenty; nothing 
 derivatives of the dynamics along a trajectory. Here they are those of the true system, of one with a parameter that is
 30 % wrong, or of a network (800-400, linear layers) that learns from the recorded transitions while the controller runs
 (after arXiv 2011.10737: derivatives from the network, rollouts and costs from the system). Then `DNALPruner` cuts the
-network to a quarter of its FLOPs on the same transitions, and the controller goes on with what is left. Beside it: the
-same size by random pruning, and a small network (128-64) by hand.
+network to a quarter of its FLOPs (`--flops 0.25 0.05`: and to a twentieth) on the same transitions, and the controller
+goes on with what is left. Beside it: the same size by random pruning, several times, and a small network (128-64) by
+hand.
 
 Writes OUT/runs.jsonl, a line for every seed (those that are there are not repeated), OUT/table.md and OUT/curves.png.
 """
@@ -167,17 +168,17 @@ def pruner_of(model: Learned, share: float, dummy: Tensor) -> DNALPruner:
 def searched(
     model: Learned, pairs: tuple[Tensor, Tensor], share: float, epochs: int, seed: int
 ) -> tuple[nn.Module, nn.Module, Report]:
-    """The layers that a search leaves, as they are and fine-tuned: half of the epochs each."""
+    """The layers that a search leaves, as they are and fine-tuned: a quarter of the epochs, and the others."""
     pruner = pruner_of(model, share, pairs[0][:1])
     layers = pruner.bound_model.train()
-    data = batches(pairs, epochs // 2, seed)
+    data = batches(pairs, epochs // 4, seed)
     optimizer = torch.optim.Adam(layers.parameters(), 2e-3)
     with pruner.search(len(data), optimizer=optimizer, progress=False) as search:
         for inputs, targets in data:
             search.step(F.mse_loss(layers(inputs), targets))
     slim = pruner.speedup().eval()
     tuned = copy.deepcopy(slim)
-    train(tuned, batches(pairs, epochs - epochs // 2, seed + 1))
+    train(tuned, batches(pairs, epochs - epochs // 4, seed + 1))
     return slim, tuned, pruner.report
 
 
@@ -231,35 +232,45 @@ def one(system: System, args: argparse.Namespace, seed: int) -> dict[str, Any]:
         model.layers = layers
         return model
 
-    start = time.perf_counter()
-    cut, slim, report = searched(dense, pairs, args.flops, args.tune, seed)
-    seconds["search, cut and fine-tune"] = time.perf_counter() - start
-    networks = {"learned": copy.deepcopy(dense), "slim": with_layers(slim)}
-    train(networks["learned"].layers, batches(pairs, args.tune, seed))
-    random_cut, random_slim = at_random(dense, pairs, args.flops, args.tune, seed)
-    networks["random pruning"] = with_layers(random_slim)
-    networks["small by hand"] = with_layers(Learned(system, (128, 64)).layers)
+    networks: dict[str, list[Learned]] = {"learned": [copy.deepcopy(dense)]}
+    untuned: dict[str, list[Learned]] = {}
+    widths: dict[str, Any] = {}
+    train(networks["learned"][0].layers, batches(pairs, args.tune, seed))
+    for share in args.flops:
+        name = f"slim, {share:.0%}"
+        start = time.perf_counter()
+        cut, slim, report = searched(dense, pairs, share, args.tune, seed)
+        seconds[name] = time.perf_counter() - start
+        widths[name] = {group.name: [group.units, group.kept] for group in report.groups if group.frozen is None}
+        networks[name], untuned[name] = [with_layers(slim)], [with_layers(cut)]
+        name = f"random pruning, {share:.0%}"
+        drawn = [at_random(dense, pairs, share, args.tune, seed + 100 * i) for i in range(args.draws)]
+        networks[name] = [with_layers(tuned) for _, tuned in drawn]
+        untuned[name] = [with_layers(drawn[0][0])]
+    networks["small by hand"] = [with_layers(Learned(system, (128, 64)).layers)]
     whole = args.epochs + args.rounds * args.again + args.tune
-    train(networks["small by hand"].layers, batches(pairs, whole, seed))
+    train(networks["small by hand"][0].layers, batches(pairs, whole, seed))
 
     starts = [x0, *(system.first(1000 + 10 * seed + i) for i in range(args.starts - 1))]
     best = [Controller(system, system.step, system.step, x).run(args.iterations) for x in starts]
 
-    def judged(model: Learned) -> tuple[dict[str, Any], list[Controller]]:
-        runs = [Controller(system, system.step, model, x) for x in starts]
-        costs = [run.run(args.iterations) for run in runs]
-        over = statistics.mean(cost / least - 1 for cost, least in zip(costs, best))
-        return {"error": error(model.layers, held), "costs": costs, "over_true": over}, runs
+    def judged(models: list[Learned]) -> tuple[dict[str, Any], Controller]:
+        """Of networks of one kind: means, the costs of each, and the first one's way from the first start."""
+        runs = [[Controller(system, system.step, model, x) for x in starts] for model in models]
+        costs = [[run.run(args.iterations) for run in of_one] for of_one in runs]
+        over = [statistics.mean(cost / least - 1 for cost, least in zip(of_one, best)) for of_one in costs]
+        wrong = statistics.mean(error(model.layers, held) for model in models)
+        return {"error": wrong, "costs": costs, "each": over, "over_true": statistics.mean(over)}, runs[0][0]
 
     rows: dict[str, Any] = {}
-    for name, model in networks.items():
-        rows[name], runs = judged(model)
-        rows[name]["flops"] = measure(model.layers, pairs[0][:1]).flops
-        if name == "slim":
-            curve = runs[0]
-    for name, layers in {"slim": cut, "random pruning": random_cut}.items():
-        rows[name]["not_tuned"] = judged(with_layers(layers))[0]
-    times = latencies([Sweep(model) for model in networks.values()], (true.xs[:-1], true.us))
+    ways: dict[str, Controller] = {}
+    for name, models in networks.items():
+        rows[name], ways[name] = judged(models)
+        rows[name]["flops"] = statistics.mean(measure(model.layers, pairs[0][:1]).flops for model in models)
+        if name in untuned:
+            rows[name]["not_tuned"] = judged(untuned[name])[0]
+    curve = ways[f"slim, {args.flops[0]:.0%}"]
+    times = latencies([Sweep(models[0]) for models in networks.values()], (true.xs[:-1], true.us))
     for row, milliseconds in zip(rows.values(), times):
         row["sweep_ms"] = milliseconds
     trajectories = {
@@ -269,7 +280,7 @@ def one(system: System, args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "system": system.name, "seed": seed, "true": true.costs[-1], "true_rollouts": true.rollouts,
         "wrong": float(system.cost(states, inputs)), "wrong_derivatives": crooked.costs[-1],
         "learned": learned.costs[-1], "rollouts": learned.rollouts, "networks": rows, "true_starts": best,
-        "widths": {group.name: [group.units, group.kept] for group in report.groups if group.frozen is None},
+        "widths": widths,
         "costs": {"true model": true.costs, "learned": learned.costs, "slim": curve.costs},
         "trajectories": {name: xs.float().round(decimals=4).tolist() for name, xs in trajectories.items()},
         "seconds": seconds,
@@ -307,6 +318,15 @@ def table(runs: list[dict[str, Any]]) -> str:
             spread([row["sweep_ms"] for row in rows]),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("")
+    for share in runs[0]["settings"]["flops"]:
+        pairs = [[run["networks"][f"{kind}, {share:.0%}"] for kind in ("slim", "random pruning")] for run in runs]
+        apart = [100 * (slim["over_true"] - drawn["over_true"]) for slim, drawn in pairs]
+        ahead = statistics.mean(sum(slim["over_true"] < one for one in drawn["each"]) for slim, drawn in pairs)
+        lines.append(
+            f"At {share:.0%}, slim less the mean of random prunings, by seed: {spread(apart, '.3f')} points; "
+            f"ahead of {ahead:.1f} of {len(pairs[0][1]['each'])}."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -338,7 +358,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=("vehicle", "cartpole"), default="vehicle")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--flops", type=float, default=0.25, help="fraction of the network's FLOPs to keep")
+    parser.add_argument("--flops", type=float, nargs="+", default=[0.25], help="fractions of the FLOPs to keep")
+    parser.add_argument("--draws", type=int, default=5, help="random prunings at each of them")
     parser.add_argument("--trials", type=int, default=100, help="rollouts with random inputs, to begin with")
     parser.add_argument("--epochs", type=int, default=20, help="of the first training")
     parser.add_argument("--rounds", type=int, default=3, help="times that the network learns again from what it saw")

@@ -65,16 +65,18 @@ def test_supernet_by_another_strategy(strategy: str, tmp_path: Path) -> None:
 def test_ilqr(tmp_path: Path) -> None:
     """Its short form; a second call finds the seed's line and only draws."""
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "ilqr.py"), "--out", str(tmp_path), "--starts", "1"]
-    command += ["--trials", "10", "--epochs", "10", "--rounds", "1", "--again", "5", "--tune", "6", "--iterations", "9"]
+    command += ["--trials", "10", "--epochs", "10", "--rounds", "1", "--again", "5", "--tune", "8", "--iterations", "9"]
+    command += ["--draws", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     log = tmp_path / "runs.jsonl"
     (run,) = [json.loads(line) for line in log.read_text().splitlines()]
     networks = run["networks"]
+    slim, drawn = networks["slim, 25%"], networks["random pruning, 25%"]
     assert run["true"] <= run["learned"] < 1.05 * run["true"] and run["true"] < run["wrong"]
-    assert networks["slim"]["flops"] == pytest.approx(0.25 * networks["learned"]["flops"], rel=0.01)
-    assert networks["slim"]["costs"][0] < 1.05 * run["true"]
-    assert networks["slim"]["not_tuned"]["over_true"] < networks["random pruning"]["not_tuned"]["over_true"]
-    assert networks["slim"]["sweep_ms"] < networks["learned"]["sweep_ms"]
+    assert slim["flops"] == pytest.approx(0.25 * networks["learned"]["flops"], rel=0.01)
+    assert slim["costs"][0][0] < 1.05 * run["true"] and len(drawn["each"]) == 2
+    assert slim["not_tuned"]["over_true"] < min(drawn["not_tuned"]["each"])
+    assert slim["sweep_ms"] < networks["learned"]["sweep_ms"]
     assert (tmp_path / "table.md").read_text() in out and (tmp_path / "curves.png").stat().st_size > 10_000
     subprocess.run(command, check=True, capture_output=True)
     assert len(log.read_text().splitlines()) == 1
