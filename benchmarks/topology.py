@@ -49,6 +49,7 @@ from supernet import Data, evaluator
 from torch import Tensor, nn
 
 from dnal_nni import Topology, TopologyStrategy
+from dnal_nni.plugin.strategies.topology import Wired
 from dnal_nni.search.topology import Edges, TopologyScores
 
 LR, WIDTH = 0.05, 6
@@ -101,7 +102,7 @@ class Strength(Edges):
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured(type(TopologyStrategy().method)):  # type: ignore[misc]
+class Measured(Wired):
     name: str = "subsets"
 
     def scores(self, model: nn.Module, plan: Any, steps: int) -> TopologyScores:

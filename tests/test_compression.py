@@ -65,9 +65,8 @@ def test_digits_from_a_loader_and_a_loss() -> None:
     assert report.accuracy_cut is not None and {"search", "finetune"} <= report.seconds.keys()
 
 
-@pytest.mark.parametrize("epochs", [12, 0])
-def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
-    """Where the uncut network, cut to its widths or to those of a choice, and repaired, has the lower loss."""
+def trained_on_digits(epochs: int) -> tuple[nn.Module, Tensor, Tensor, Batches]:
+    """A network, all images and labels, and the batches of the first 1,500 that it was trained on."""
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
@@ -78,6 +77,13 @@ def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
+    return model, images, labels, batches
+
+
+@pytest.mark.parametrize("epochs", [12, 0])
+def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
+    """Where the uncut network, cut to its widths or to those of a choice, and repaired, has the lower loss."""
+    model, images, labels, batches = trained_on_digits(epochs)
 
     def right(network: nn.Module) -> float:
         return 100 * float((network.eval()(images[1500:]).argmax(1) == labels[1500:]).float().mean())
@@ -98,16 +104,7 @@ def test_a_search_that_unlearns_is_taken_back(epochs: int) -> None:
 
 
 def test_without_a_search_what_goes_is_chosen_and_the_rest_repaired() -> None:
-    torch.manual_seed(0)
-    digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
-    batches = list(zip(images[:1500].split(50), labels[:1500].split(50)))
-    model = Small()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for x, y in 12 * batches:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    model, images, labels, batches = trained_on_digits(12)
     before = state(model)
     held_out = [(images[1500:], labels[1500:])]
     slim, report = compress(model, batches, budget=HALF, validate=held_out, epochs=0, progress=False)

@@ -226,8 +226,6 @@ class DNALPruner(_OwnSchedule):
             wrapper.unwrap()
         self._is_wrapped = False
 
-    # -- searching ----------------------------------------------------------------------------------------------------
-
     @checked_but("steps")
     def search(self, steps: int, *, optimizer: torch.optim.Optimizer | None = None, progress: bool = True,
                when: Informed | None = None) -> Search:  # fmt: skip
@@ -239,7 +237,8 @@ class DNALPruner(_OwnSchedule):
             progress: show a progress bar.
             when: the steps in which the gates learn too, where weights do: ``Informed(10)``; None: all.
         """
-        if (session := self.session) and not self._is_wrapped:
+        session = self.session
+        if not self._is_wrapped:
             raise DNALError("the gates were taken off with unwrap_model(): call wrap_model() ahead of a search")
         return session.search(steps, optimizer=optimizer, progress=progress, when=when)
 

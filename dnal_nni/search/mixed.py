@@ -165,10 +165,10 @@ class MixedScores(abc.ABC):
         """``loss`` as it is: penalties are for the architecture."""
         return loss
 
-    def settle(self) -> None:  # noqa: B027
+    def settle(self) -> None:  # noqa: B027  likewise
         """Nothing: the weights move to the end."""
 
-    def slower(self, share: float) -> None:  # noqa: B027
+    def slower(self, share: float) -> None:  # noqa: B027  likewise
         """Learn as far as before in fewer steps: the rate is already made for the steps that there will be."""
 
     def cost(self, g: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dnal_nni import Budget, DNALError
 from dnal_nni.plan import Plan
 from dnal_nni.search import fisher
+from dnal_nni.search.criteria import Loss
 from dnal_nni.search.surgeon import removal_losses
 from dnal_nni.session import Session
 
@@ -18,8 +19,8 @@ def session_of(model: nn.Module, example: Tensor, flops: float = 0.5) -> Session
     return Session(model, Plan.of(model, example, budget=Budget(flops=flops)))
 
 
-def losses_of(session: Session, batches: list[Tensor], **kwargs: object) -> Tensor:
-    return removal_losses(session.model, session.plan.active, list(session.gates.values()), batches, **kwargs)  # type: ignore[arg-type]
+def losses_of(session: Session, batches: list[Tensor], loss: Loss | None = None) -> Tensor:
+    return removal_losses(session.model, session.plan.active, list(session.gates.values()), batches, loss)
 
 
 # gradients whose products add up to the identity
