@@ -270,7 +270,7 @@ def compress(
     keep_best: bool = False,
     exclude: Sequence[str | nn.Module] = (),
     channel_multiple: int | Sequence[int] | None = None,
-    verify_seconds: float = 60.0,
+    verify_seconds: float | None = None,
     dummy_input: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,

@@ -80,7 +80,7 @@ class Plan:
         budget: Budget | None = None,
         selected: Mapping[str, Setting] | None = None,
         channel_multiple: int | Sequence[int] | None = None,
-        verify_seconds: float = 60.0,
+        verify_seconds: float | None = None,
         graph: Graph = None,
     ) -> Plan:
         """Find, select and verify the groups of ``model``, and count what they cost; the model is not changed.
@@ -95,6 +95,7 @@ class Plan:
             channel_multiple: channels are kept in multiples of this number, or whole; of several, of the first that has
                 a structure of the budget. None: 1; for a budget on a GPU, and one of latency, (8, 4, 2, 1).
             verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then stay whole.
+                None: 60, or what 40 forward passes of both take.
             graph: where the groups come from: see :func:`~dnal_nni.channels.groups.find_groups`.
 
         Raises:
@@ -282,7 +283,8 @@ def check_limits(budget: Any, channel_multiple: Any, verify_seconds: Any) -> Non
     if channel_multiple is not None and not (asked and whole):
         raise DNALError(f"channel_multiple={shown(channel_multiple)}: must be a whole number >= 1, or several to try")
     check_budget(budget)
-    if not isinstance(verify_seconds, (int, float)) or isinstance(verify_seconds, bool) or not verify_seconds > 0:
+    number = isinstance(verify_seconds, (int, float)) and not isinstance(verify_seconds, bool)
+    if verify_seconds is not None and not (number and verify_seconds > 0):
         raise DNALError(f"verify_seconds={shown(verify_seconds)}: give a number above 0")
 
 
@@ -292,7 +294,7 @@ def check_budget(budget: Any) -> None:
         raise DNALError(f"budget={shown(budget)}: pass a Budget, for example Budget(flops=0.5)")
 
 
-def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:
+def _verify(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float | None) -> None:
     """Freeze what cannot be cut exactly; all ranks go by what rank 0 finds."""
     if world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise DNALError(

@@ -114,7 +114,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 @checked_but("model", "graph")
 def inspect(
-    model: nn.Module, dummy_input: Any, target: str = "", verify_seconds: float = 60.0, graph: Graph = None
+    model: nn.Module, dummy_input: Any, target: str = "", verify_seconds: float | None = None, graph: Graph = None
 ) -> Inspection:
     """Find the channel groups of ``model``, verify them, and count what share of its FLOPs they touch.
 

@@ -146,8 +146,8 @@ class Inspecting(Options):
         metavar="SHAPE",
         action="append",
     )
-    verify_seconds: float = option(
-        NUMBER, "limit for comparing cut with gated copies; groups not compared by then are left whole", 60.0, "SECONDS"
+    verify_seconds: float | None = option(
+        NUMBER, "limit for comparing cut with gated copies; groups not compared by then are left whole", None, "SECONDS"
     )
 
 

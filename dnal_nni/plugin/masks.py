@@ -48,7 +48,7 @@ def speedup(
     *,
     conflicts: Conflicts = "vote",
     recalibrate: Iterable[Any] | None = None,
-    verify_seconds: float = 60.0,
+    verify_seconds: float | None = None,
     graph: Graph = None,
 ) -> nn.Module:
     """Remove for good what the masks of any NNI pruner close: NNI's ``ModelSpeedup``, which fails since torch 2.2.

@@ -95,6 +95,7 @@ class DNALPruner(_OwnSchedule):
         channel_multiple: channels are kept in multiples of this number, or whole; of several, of the first that has a
             structure of the budget. None: 1; for a budget on a GPU, and one of latency, (8, 4, 2, 1).
         verify_seconds: time limit for comparing sliced with gated copies; groups not compared by then are left whole.
+            None: 60, or what 40 forward passes of both take.
         graph: where the groups come from. None: the operations that run are followed. A ``tp.DependencyGraph`` that you
             built of this model, with pruning functions of your own: its groups, verified like any other.
             "torch-pruning": such a graph is built, of a copy.
@@ -121,7 +122,7 @@ class DNALPruner(_OwnSchedule):
         lambda_: float = 1e-4,
         arch_lr: float | None = None,
         channel_multiple: int | Sequence[int] | None = None,
-        verify_seconds: float = 60.0,
+        verify_seconds: float | None = None,
         graph: Graph = None,
         importance: Criterion | None = None,
         exclude: Sequence[str | nn.Module] = (),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from ..channels.groups import ChannelGroup
 from ..modules.gates import GateState, ScaledSigmoidGate
 from ..modules.layers import Norm
-from ..modules.running import FORWARD_ERRORS, Example, clone, flatten_tensors, raised_in, twin
+from ..modules.running import FORWARD_ERRORS, clone, raised_in, twin
 from .compare import Comparison, example_like, outputs, responds, unmoved
 from .inject import attach
 from .precise import in_dtype
+from .sizes import numel, other_sizes
 from .slim import Keep, slim_twin
 
 
@@ -79,7 +81,9 @@ def hard_gated_copy(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep
     return gated
 
 
-def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> int:
+def verify_and_freeze(
+    model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float | None = None
+) -> int:
     """Slice the model and compare it with its hard-gated form; what differs changes its gate site or is frozen.
 
     One trial of all groups, with every input size and kind of mask, when all is well. Otherwise groups are admitted a
@@ -90,7 +94,8 @@ def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_in
         model: the ungated model; it is not changed.
         groups: their ``site``, ``least`` and ``frozen`` are updated.
         dummy_input: an example of what the model takes; its shapes are used.
-        seconds: wall-clock limit of all comparisons together.
+        seconds: wall-clock limit of all comparisons together; None: 60, or so long as 40 forward passes of both
+            forms take.
 
     Returns:
         the number of trials made, of all groups or of some.
@@ -98,6 +103,10 @@ def verify_and_freeze(model: nn.Module, groups: Sequence[ChannelGroup], dummy_in
     if all(group.frozen is not None for group in groups):
         return 0
     return _Verification(model, groups, dummy_input, seconds).run()
+
+
+SECONDS = 60.0  # limit of all comparisons, where none is given
+STEPS = 40  # comparisons that there is time for in any case
 
 
 class _TimeUp(BaseException):
@@ -129,24 +138,30 @@ class _Failure:
 class _Verification:
     """The trials of one model: one gated form for all of them, and cut ones that share its parameters."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float) -> None:
-        self.model, self.groups, self.seconds = model, groups, seconds
-        self.limit = self.deadline = time.monotonic() + seconds
+    def __init__(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], dummy_input: Any, seconds: float | None
+    ) -> None:
+        self.model, self.groups = model, groups
+        self.patient = seconds is None  # with a slow model
+        self.seconds = SECONDS if seconds is None else seconds
+        self.start = time.monotonic()
+        self.deadline = self.start + self.seconds
+        self.limit = math.inf if self.patient else self.deadline
         self.thread = threading.get_ident()
-        self.trials = 0
+        self.trials = self.steps = 0
         self.dummy_input = dummy_input
         self._take_form(torch.float64)
 
     def _take_form(self, dtype: torch.dtype) -> None:
         self.form, self.dtype = _perturbed(self.model, dtype), dtype
         self.full = example_like(self.dummy_input, dtype)
-        self.others = _other_sizes(self.full)  # those that may do as a second size
+        self.others = other_sizes(self.full)  # those that may do as a second size
         self.comparison: Comparison | None = None
 
     @property
     def inputs(self) -> list[Any]:
         """One size or two, the quickest first."""
-        return sorted([*self.others[:1], self.full], key=_numel)
+        return sorted([*self.others[:1], self.full], key=numel)
 
     @property
     def active(self) -> list[ChannelGroup]:
@@ -157,6 +172,10 @@ class _Verification:
         try:
             while active := self.active:
                 failure = self._trial(active)
+                if self.patient:
+                    step = (time.monotonic() - self.start) / max(1, self.steps)
+                    self.patient, self.seconds = False, max(SECONDS, STEPS * step)
+                    self.limit = self.deadline = self.start + self.seconds
                 if failure is None:
                     break
                 if self._takes(failure.steps[-1].inputs):
@@ -204,7 +223,7 @@ class _Verification:
         random = random_keep(active, None, self.trials)
         inputs = self.inputs
         steps = [_Step(x, mode) for x in inputs for mode in ("eval", "train")]
-        if len(inputs) == 1:
+        if len(inputs) == 1 and any(True for _ in self.form.buffers()):
             steps.append(_Step(inputs[0], "eval"))  # with the statistics that training has left
         failure = self._compare(active, random, steps)
         if failure is None and self.comparison is not None and not responds(self.comparison.expected):
@@ -235,6 +254,7 @@ class _Verification:
             with unmoved(gated):
                 for step in steps:
                     done.append(step)
+                    self.steps += 1
                     gap = comparison.gap(cut, step.inputs, step.mode, watch, step.returned)
                     if not gap.equal:
                         reason = f"removing channels would change the output by {gap.relative:.1e} of its size"
@@ -359,39 +379,3 @@ def _explained(error: BaseException, models: Sequence[nn.Module]) -> tuple[str, 
     paths = [path for model in models for path, module in model.named_modules() if module is where]
     reason = f"the model does not run without some of its channels ({what}{place})"
     return reason, paths[0] if paths else None
-
-
-def _other_sizes(inputs: Any) -> list[Any]:
-    """The same input in other sizes, the quickest first, and none larger than it in 3-D; none if it is no image."""
-    volumes = any(x.dim() > 4 for x in flatten_tensors(inputs))
-    scales = [_half, _smaller] if volumes else [_half, _smaller, _larger]
-    return [x for scale in scales if (x := _resized(inputs, scale)) is not None]
-
-
-def _half(n: int) -> int:
-    return n // 64 * 32 if n >= 128 else n // 8 * 4 if n >= 16 else -(-n // 2)
-
-
-def _smaller(n: int) -> int:
-    return n * 3 // 16 * 4 if n >= 16 else max(1, n - 1)
-
-
-def _larger(n: int) -> int:
-    return n + n // 2
-
-
-def _resized(inputs: Any, scale: Callable[[int], int]) -> Any:
-    if isinstance(inputs, Example):
-        other = _resized(inputs.inputs, scale)
-        return None if other is None else dataclasses.replace(inputs, inputs=other)
-    if isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs):
-        others = tuple(_resized(x, scale) for x in inputs)
-        return None if any(x is None for x in others) else others
-    if not isinstance(inputs, Tensor) or inputs.dim() < 3 or not inputs.is_floating_point():
-        return None
-    shape = (*inputs.shape[:2], *map(scale, inputs.shape[2:]))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=inputs.dtype).to(inputs.device)
-
-
-def _numel(inputs: Any) -> int:
-    return sum(t.numel() for t in flatten_tensors(inputs))

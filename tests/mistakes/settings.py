@@ -124,9 +124,9 @@ SETTINGS: Mistakes = {
     ),
     "negative verify_seconds": (lambda s: s.prune(verify_seconds=-5), "verify_seconds=-5: give a number above 0"),
     "no verify_seconds": (lambda s: s.prune(verify_seconds=0), "verify_seconds=0: give a number above 0"),
-    "verify_seconds is None": (
-        lambda s: s.prune(verify_seconds=None),
-        "DNALPruner(verify_seconds=...) is None: give a number",
+    "verify_seconds is a list": (
+        lambda s: s.prune(verify_seconds=[60]),
+        "DNALPruner(verify_seconds=...) is [60]: give a number",
     ),
     "arch_lr as text": (
         lambda s: s.prune(arch_lr="0.3"),

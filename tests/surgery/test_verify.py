@@ -124,6 +124,19 @@ def test_the_limit_holds_inside_of_a_forward(clock: list[float]) -> None:
     assert clock[0] == 58.0
 
 
+@pytest.mark.parametrize("bad", [(), (3,)])
+def test_by_default_there_is_time_for_a_slow_model(clock: list[float], bad: Sequence[int]) -> None:
+    def tick() -> None:
+        clock[0] += 1.0  # a pass takes 16 seconds
+
+    net = Stack(16, bad=bad, pause=tick)
+    groups = find_groups(net, X)
+    clock[0] = 0.0
+    verify_and_freeze(net, groups, X)
+    assert 60.0 < clock[0] < 40 * 32
+    assert list(whole(groups)) == [f"convs.{i}" for i in bad]
+
+
 def test_what_passed_together_is_kept_when_time_is_up(clock: list[float]) -> None:
     def tick() -> None:
         clock[0] += 1 / 16  # a pass takes a second

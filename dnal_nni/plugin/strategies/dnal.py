@@ -63,7 +63,7 @@ class DNALStrategy(SupernetStrategy):
         single_path: bool | None = None,
         widths: bool = True,
         sequential: bool = False,
-        verify_seconds: float = 60.0,
+        verify_seconds: float | None = None,
     ) -> None:
         super().__init__(dummy_input=dummy_input, sequential=sequential, verify_seconds=verify_seconds)
         check_budget(budget)

@@ -94,7 +94,7 @@ class PrimeStrategy(SupernetStrategy):
         arch_lr: float = 1.0,
         dummy_input: Any = None,
         sequential: bool = False,
-        verify_seconds: float = 60.0,
+        verify_seconds: float | None = None,
     ) -> None:
         super().__init__(dummy_input=dummy_input, sequential=sequential, verify_seconds=verify_seconds)
         if activation not in get_args(Activation):

@@ -42,7 +42,9 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
         verify_seconds: time limit for comparing sliced with gated copies, as for :class:`~dnal_nni.DNALPruner`.
     """
 
-    def __init__(self, *, dummy_input: Any = None, sequential: bool = False, verify_seconds: float = 60.0) -> None:
+    def __init__(
+        self, *, dummy_input: Any = None, sequential: bool = False, verify_seconds: float | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(sequential, bool):
             raise DNALError(f"sequential={sequential!r}: must be True or False")

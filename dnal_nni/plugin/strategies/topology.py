@@ -98,7 +98,7 @@ class TopologyStrategy(SupernetStrategy):
         arch_lr: float = REACH,
         dummy_input: Any = None,
         sequential: bool = False,
-        verify_seconds: float = 60.0,
+        verify_seconds: float | None = None,
     ) -> None:
         super().__init__(dummy_input=dummy_input, sequential=sequential, verify_seconds=verify_seconds)
         if not isinstance(topology, Topology):
