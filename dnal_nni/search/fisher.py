@@ -22,13 +22,13 @@ ROUNDING = 1e-10  # by mean squares
 
 @dataclasses.dataclass
 class Factors:
-    """Sums over examples and places, float64: what K-FAC knows of a layer.
+    """Sums over examples and some of their places, float64: what K-FAC knows of a layer.
 
     Attributes:
         inner: ``[n, n]``, of the products of its input channels with each other, at the same place.
         sums: ``[n]``, of its input channels.
         rows: how many there are.
-        outer: ``[channels, channels]``, of the products of the gradients at its outputs.
+        outer: ``[channels, channels]``, of the products of the gradients at its outputs, as if of all places.
     """
 
     inner: Tensor
@@ -42,17 +42,8 @@ class Factors:
         square, mean = self.inner / self.rows, self.sums / self.rows
         covariance = square - mean.outer(mean)
         ridge = RIDGE * covariance.diagonal().mean() + ROUNDING * square.diagonal().mean()
-        return torch.cholesky_inverse(_root(covariance, ridge))
-
-    @functools.cached_property
-    def root(self) -> Tensor:
-        """``L`` with ``L L^T = outer``, ``[channels, channels]``."""
-        return _root(self.outer, ROUNDING * self.outer.diagonal().mean())
-
-
-def _root(matrix: Tensor, ridge: Tensor) -> Tensor:
-    """``L`` with ``L L^T = matrix``, with a ``ridge`` (0-d) on its diagonal."""
-    return torch.linalg.cholesky(matrix + torch.diag(ridge.clamp(min=1e-30).expand(len(matrix))))
+        ridge = ridge.clamp(min=1e-30).expand(len(covariance))
+        return torch.cholesky_inverse(torch.linalg.cholesky(covariance + torch.diag(ridge)))
 
 
 class FactorCalls(LayerCalls):
@@ -62,10 +53,12 @@ class FactorCalls(LayerCalls):
         model: that will run.
         paths: of its layers, those to look at, where they are convolutions or linear layers.
         columns: input channels that a layer may have at most.
+        examples: that will be seen in all.
     """
 
-    def __init__(self, model: nn.Module, paths: Collection[str], columns: int) -> None:
+    def __init__(self, model: nn.Module, paths: Collection[str], columns: int, examples: int) -> None:
         super().__init__(model)
+        self.examples = examples
         self.layers = {
             key: (path, module)
             for key, (path, module) in self.layers.items()
@@ -87,15 +80,18 @@ class FactorCalls(LayerCalls):
         factors = self.factors[path]
         with torch.no_grad():
             rows = by_place(module, made.x)
-            rows = rows[:, some_places(rows, self.calls)].flatten(0, 1).double()
+            rows = rows[:, some_places(rows, self.calls, self.examples)].flatten(0, 1).double()
             factors.inner += rows.T @ rows
             factors.sums += rows.sum(0)
             factors.rows += len(rows)
+        seed = self.calls
         self.calls += 1
 
         def back(grad: Tensor) -> None:
-            gradients = by_place(module, grad).flatten(0, 1).double()
-            factors.outer.add_(gradients.T @ gradients)
+            gradients = by_place(module, grad)
+            places = some_places(gradients, seed, self.examples)
+            some = gradients[:, places].flatten(0, 1).double()
+            factors.outer.add_(some.T @ some, alpha=gradients.shape[1] / len(places))
 
         out.register_hook(back)
         return out

@@ -9,7 +9,6 @@ kernel are taken for independent of each other. :mod:`~dnal_nni.surgery.repair` 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +69,7 @@ def removal_losses(
                 parameter.requires_grad_(True)
         for part in _passes(model, groups):
             paths = {member.path for group in part for member in group.consumers if not member.bare}
-            calls = FactorCalls(model, paths, COLUMNS)
+            calls = FactorCalls(model, paths, COLUMNS, examples)
             for batch in batches:
                 with calls:
                     total = of(batch)
@@ -127,25 +126,24 @@ class _Reader:
     def __init__(self, weight: Tensor, factors: Factors, examples: int, columns: Tensor, units: Tensor) -> None:
         order = units.argsort(stable=True)
         columns, units = columns[order], units[order]
-        self.inverse = factors.inverse[columns][:, columns]  # removals change this part by itself
-        weight = weight[:, columns] / math.sqrt(examples)
-        self.weight = torch.einsum("oc,oik->kci", factors.root, weight).flatten(0, 1)
+        self.inverse = factors.inverse[columns][:, columns]  # of H; removals change this part by itself
+        weight = weight[:, columns]
+        minded = (factors.outer / examples @ weight.flatten(1)).view_as(weight)
+        self.weights = torch.einsum("oik,ojk->ij", weight, minded)  # W^T A W, of what is left
         counts = units.bincount()
         self.blocks = []  # units with as many columns: int64 [m] and [m, columns of each]
         for count in counts[counts > 0].unique().tolist():
             mine = (counts[units] == count).nonzero().view(-1, count)
             self.blocks.append((units[mine[:, 0]], mine))
 
-    def costs(self, open_units: Tensor) -> Tensor:
-        """What the loss rises by if one unit goes, of those that are open (bool ``[units]``): float64 ``[units]``."""
-        found = torch.zeros(len(open_units), dtype=torch.float64, device=self.weight.device)
-        for units, columns in self.blocks:
-            left = open_units[units]
-            units, columns = units[left], columns[left]
-            weight = self.weight.T[columns]  # [units, columns, channels]
-            inner = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
-            alone = columns.shape[1] == 1
-            found[units] = 0.5 * (weight * (weight / inner if alone else torch.linalg.solve(inner, weight))).sum((1, 2))
+    def costs(self, units: int) -> Tensor:
+        """What the loss rises by if one unit goes, of those that are left: float64 ``[units]``."""
+        found = torch.zeros(units, dtype=torch.float64, device=self.weights.device)
+        for members, columns in self.blocks:
+            at = columns.unsqueeze(2), columns.unsqueeze(1)
+            inner, own = self.inverse[at], self.weights[at]  # [members, columns of each, columns of each]
+            costs = own / inner if columns.shape[1] == 1 else torch.linalg.solve(inner, own)
+            found[members] = 0.5 * costs.diagonal(0, 1, 2).sum(1)
         return found
 
     def remove(self, chosen: Tensor) -> float:
@@ -153,12 +151,19 @@ class _Reader:
         gone = torch.cat([columns[chosen[units]].flatten() for units, columns in self.blocks])
         if not len(gone):
             return 0.0
-        rows, weight = self.inverse[gone], self.weight[:, gone]
-        change = torch.linalg.solve(rows[:, gone], torch.cat([rows, weight.T], 1))
-        back, own = change.split([rows.shape[1], len(weight)], 1)
-        self.weight -= weight @ back
-        self.inverse -= rows.T @ back
-        return 0.5 * float((weight.T * own).sum())
+        kept = torch.ones(len(self.inverse), dtype=torch.bool, device=gone.device).index_fill(0, gone, False)
+        rows, weights = self.inverse[gone], self.weights[gone]
+        own = weights[:, gone]
+        found = torch.linalg.solve(rows[:, gone], torch.cat([rows[:, kept], own], 1))
+        back, costs = found.split([found.shape[1] - len(gone), len(gone)], 1)
+        change = back.T @ (weights[:, kept] - 0.5 * own @ back)
+        self.weights = self.weights[kept][:, kept] - change - change.T
+        self.inverse = self.inverse[kept][:, kept] - rows[:, kept].T @ back
+        place = kept.cumsum(0) - 1
+        for i, (units, columns) in enumerate(self.blocks):
+            left = ~chosen[units]
+            self.blocks[i] = units[left], place[columns[left]]
+        return 0.5 * float(costs.diagonal().sum())
 
 
 def _as_they_go(readers: Sequence[_Reader], units: int) -> Tensor:
@@ -166,11 +171,11 @@ def _as_they_go(readers: Sequence[_Reader], units: int) -> Tensor:
 
     The last one, which always stays, has what the one ahead of it has.
     """
-    device = readers[0].weight.device
+    device = readers[0].weights.device
     left = torch.ones(units, dtype=torch.bool, device=device)
     found, so_far = torch.zeros(units, dtype=torch.float64), 0.0
     while (count := int(left.sum())) > 1:
-        costs = torch.stack([reader.costs(left) for reader in readers]).sum(0).masked_fill(~left, torch.inf)
+        costs = torch.stack([reader.costs(units) for reader in readers]).sum(0).masked_fill(~left, torch.inf)
         rank = costs.argsort(stable=True)[: min(count - 1, -(-count // STAGES))]
         chosen = torch.zeros_like(left).index_fill(0, rank, True)
         together, own = sum(reader.remove(chosen) for reader in readers), costs[rank]

@@ -77,10 +77,17 @@ def by_place(layer: nn.Module, out: Tensor) -> Tensor:
     return out.reshape(len(out), -1, out.shape[-1]) if linear else out.flatten(2).transpose(1, 2)
 
 
-def some_places(rows: Tensor, seed: int) -> Tensor:
-    """int64 ``[places]``: of ``rows`` (``[examples, places, channels]``), so many as ROWS allows."""
+def some_places(rows: Tensor, seed: int, examples: int | None = None) -> Tensor:
+    """int64 ``[places]``: of ``rows`` (``[examples, places, channels]``), so many as ROWS allows.
+
+    Args:
+        rows: what a layer takes or returns.
+        seed: of the choice.
+        examples: of all batches together; None: these are all.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(rows.shape[1], generator=generator)[: max(1, ROWS // len(rows))].to(rows.device)
+    places = max(1, ROWS // (len(rows) if examples is None else examples))
+    return torch.randperm(rows.shape[1], generator=generator)[:places].to(rows.device)
 
 
 class LayerCalls(TorchFunctionMode):

@@ -6,6 +6,7 @@ is fitted as the pass reaches it: to the input that the layers ahead of it, fitt
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
 from .layer_calls import COLUMNS, LayerCall, LayerCalls, by_place, some_places, unfolds
 from .slim import Keep
 
-STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # of the ridge, by the mean square of the inputs
+STRENGTHS = tuple(10.0**power for power in range(1, -6, -1))  # of the ridge, by the mean square of the inputs
 
 
 def kept_outputs(groups: Sequence[ChannelGroup], keep: Keep) -> dict[str, Tensor]:
@@ -187,8 +188,7 @@ class _Fitter(LayerCalls):
         both = moments[0] + moments[1]
         if float(both.total) == 0:
             return
-        found = [(_left(moments, strength), strength) for strength in STRENGTHS]
-        left, strength = min(found)
+        left, strength = _best(moments)
         before = float(both.error / both.total)
         self.errors[path] = before, before
         if left >= 1:
@@ -239,6 +239,17 @@ class _Moments:
     def after(self, change: Tensor) -> Tensor:
         """Squares that are left to explain with that change, 0-d."""
         return self.error + ((self.inner @ change - 2 * self.outer) * change).sum()
+
+
+def _best(halves: Sequence[_Moments]) -> tuple[float, float]:
+    """What the best ridge leaves unexplained, and its strength: from the strongest on, as long as weaker is better."""
+    best = math.inf, STRENGTHS[0]
+    for strength in STRENGTHS:
+        left = _left(halves, strength)
+        if left > best[0]:
+            break
+        best = left, strength
+    return best
 
 
 def _left(halves: Sequence[_Moments], strength: float) -> float:
