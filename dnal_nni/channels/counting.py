@@ -22,11 +22,12 @@ class Counting(TorchFunctionMode):
         flow: the labels.
         reading: whether a forward is followed now: not the inside of a layer.
         call: the number of the call of a module that is running.
+        plain: whether sizes are any ints, since the forward does not run on others, and only remembered.
     """
 
-    def __init__(self, flow: Flow, reading: Callable[[], bool], call: Callable[[], int]) -> None:
+    def __init__(self, flow: Flow, reading: Callable[[], bool], call: Callable[[], int], plain: bool) -> None:
         super().__init__()
-        self.flow, self.reading, self.call = flow, reading, call
+        self.flow, self.reading, self.call, self.plain = flow, reading, call, plain
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -35,7 +36,10 @@ class Counting(TorchFunctionMode):
         if func is torch.Tensor.size or getattr(func, "__self__", None) is torch.Tensor.shape:
             return self._sizes(args[0], func(*args, **kwargs), *args[1:], **kwargs)
         sizes = self.flow.sizes
-        before, sizes.given = sizes.given, tuple(_numbers([args, list(kwargs.values())]))
+        numbers = (sizes.known(number, self.call()) for number in _numbers([args, list(kwargs.values())]))
+        before, sizes.given = sizes.given, tuple(numbers)
+        if func is torch.tensor:
+            list(map(int, sizes.given))
         try:
             return func(*args, **kwargs)
         finally:
@@ -49,8 +53,9 @@ class Counting(TorchFunctionMode):
         for array in labels.arrays:
             axes = axes_of(array)
             if len(axes) == 1:
-                size = Size(array.reshape(-1), self.call(), self.flow.sizes.stored.append)
-                numbers[axes[0]] = Count.of(numbers[axes[0]], [size], plain=True)
+                size = Size(array.reshape(-1), self.call(), self.flow.sizes)
+                number = Count.of(numbers[axes[0]], [size], plain=True)
+                numbers[axes[0]] = int(number) if self.plain else number
         return torch.Size(numbers) if dim is None else numbers[dim]
 
 

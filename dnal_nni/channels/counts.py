@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -67,12 +68,12 @@ class Size:
     Attributes:
         ids: these channels, int64 ``[n]``.
         call: in which call of a module it was read.
-        compared: is told of attributes that it is compared with, as an assertion about an input's width does.
+        sizes: are told of attributes that it is compared with, as an assertion about an input's width does.
     """
 
     ids: Tensor
     call: int
-    compared: Callable[[StoredSize], None]
+    sizes: Sizes
 
     @property
     def number(self) -> int:
@@ -102,7 +103,7 @@ class Count(int):
             mine, theirs = self.sources[0], other.sources[0]
             for size, attribute in ((mine, theirs), (theirs, mine)):
                 if isinstance(size, Size) and isinstance(attribute, Attribute):
-                    size.compared(attribute.counting(size.ids, 0))
+                    size.sizes.stored.append(attribute.counting(size.ids, 0))
         return equal
 
     def __ne__(self, other: object) -> bool:
@@ -111,27 +112,28 @@ class Count(int):
 
     __hash__ = int.__hash__
 
-    def __neg__(self) -> Count:  # counted from the end
-        return Count.of(-int(self), self.sources, self.plain)
-
-    def __reduce__(self) -> Any:
-        return int, (int(self),)  # what is copied or saved of it is any number
-
-
-def _operator(name: str) -> Callable[[Count, Any], Any]:
-    compute = getattr(int, name)
-
-    def operator(self: Count, other: Any) -> Any:
-        result = compute(self, other)
+    def __mul__(self, other: Any) -> Any:
+        result = super().__mul__(other)
         if type(result) is not int:
             return result
         return Count.of(result, self.sources + (other.sources if isinstance(other, Count) else ()))
 
-    return operator
+    __rmul__ = __mul__
 
+    def __floordiv__(self, other: Any) -> Any:  # what C // heads is a part of, and not that there are heads somewhere
+        result = super().__floordiv__(other)
+        return result if type(result) is not int else Count.of(result, self.sources)
 
-for _name in ("__mul__", "__rmul__", "__floordiv__", "__rfloordiv__"):
-    setattr(Count, _name, _operator(_name))
+    def __neg__(self) -> Count:  # counted from the end
+        return Count.of(int.__neg__(self), self.sources, self.plain)
+
+    def __int__(self) -> int:  # Python leaves no choice but an int that knows nothing
+        for size in (source for source in self.sources if isinstance(source, Size)):
+            size.sizes.forgotten(self, size.call)
+        return int.__int__(self)
+
+    def __reduce__(self) -> Any:
+        return int, (int.__int__(self),)  # what is copied or saved of it is any number
 
 
 def runs(number: Count, place: int, shape: Sequence[int]) -> Iterator[tuple[Source, int, int]]:
@@ -190,6 +192,24 @@ class Sizes:
         self.stored: list[StoredSize] = []
         self.equal: list[Equal] = []
         self.given: tuple[int, ...] = ()
+        self._forgotten: dict[tuple[int, int], list[Count]] = defaultdict(list)  # by the call of a module, and value
+
+    def forgotten(self, count: Count, call: int) -> None:
+        """A forward has made a plain int of a number, by ``int(x.shape[1])``; it may compare that with an attribute."""
+        number = int.__int__(count)
+        self._forgotten[call, number].append(count)
+        if count.plain and isinstance(size := count.sources[0], Size):
+            self.stored.append(StoredSize(self._frame()[0], (number,), None, size.ids, 0))
+
+    def known(self, number: int, call: int) -> int:
+        """A number that a forward gives; of a plain one the sources of those, of the same value, that were forgotten.
+
+        It may be another one: then more goes together than needs to.
+        """
+        counts = () if isinstance(number, Count) else self._forgotten.get((call, number), ())
+        if len(counts) < 2:
+            return counts[0] if counts else number
+        return Count.of(number, [source for count in counts for source in count.sources])
 
     def note(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
         """Numbers among the arguments of an operation count labelled positions of ``array``.
@@ -204,7 +224,7 @@ class Sizes:
 
     def counts(self, number: int, array: Tensor, axis: int) -> None:
         """A number of this value counts the positions of ``array`` along an axis, as for :meth:`note`."""
-        counts = [n for n in self.given if isinstance(n, Count) and abs(int(n)) == number and self._valid(n)]
+        counts = [n for n in self.given if isinstance(n, Count) and abs(n) == number and self._valid(n)]
         for count in counts:
             if count.plain:
                 self._counts(count.sources[0], array, array.shape, axis, axis + 1)

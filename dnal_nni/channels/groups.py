@@ -151,12 +151,20 @@ def trace(model: nn.Module, dummy_input: Any) -> Trace:
     Raises:
         DNALError: the model returns no tensor, or nothing but NaN and infinity.
     """
+    try:
+        return _traced(model, dummy_input)
+    except FORWARD_ERRORS:
+        return _traced(model, dummy_input, plain=True)
+
+
+def _traced(model: nn.Module, dummy_input: Any, plain: bool = False) -> Trace:
+    """See :func:`trace`; ``plain`` as for :meth:`Trace.run`."""
     model = twin(model)
     adapt(model)
     result = Trace(model)
     with seeded(model):
         model.eval()
-        tensors = result.run(dummy_input)
+        tensors = result.run(dummy_input, plain)
         if not tensors:
             raise DNALError(
                 "no tensor is found in what the model returns, so that there is nothing to compare a cut network by: "
@@ -166,10 +174,12 @@ def trace(model: nn.Module, dummy_input: Any) -> Trace:
         if returned and not any(bool(out.isfinite().any()) for out in returned):
             raise DNALError("the model returns no finite number for the dummy_input: check its weights for NaN")
         model.train()
-        try:
-            result.run(dummy_input)
-        except FORWARD_ERRORS:
-            pass  # detection models want targets there: train mode is then not verified either
+        for way in [plain] if plain else [False, True]:
+            try:
+                result.run(dummy_input, way)
+                break
+            except FORWARD_ERRORS:
+                pass  # detection models want targets there: train mode is then not verified either
     result.finish()
     return result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,12 +68,20 @@ class Trace(DispatchMode):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def run(self, dummy_input: Any) -> list[Tensor]:
-        """Run the model once; whatever it returns, and this does, keeps its channels."""
-        counting = Counting(self.flow, lambda: self._inside is None, lambda: self._calls[-1])
+    def run(self, dummy_input: Any, plain: bool = False) -> list[Tensor]:
+        """Run the model once; whatever it returns, and this does, keeps its channels.
+
+        Args:
+            dummy_input: what it takes.
+            plain: whether its numbers are ints, for forwards that take no others (``type(n) is int``).
+        """
+        del self._frames[1:], self._calls[1:], self._arrived[:]  # of a run that has failed
+        self._inside = None
+        counting = Counting(self.flow, lambda: self._inside is None, lambda: self._calls[-1], plain)
         # what torch.jit has compiled runs operation by operation
         one_by_one = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-        with torch.no_grad(), one_by_one, self._hooks(), counted(self.model), counting, self:
+        numbers = nullcontext() if plain else counted(self.model)
+        with torch.no_grad(), one_by_one, self._hooks(), numbers, counting, self:
             out = call(self.model, dummy_input)
         returned = list(flatten_tensors(out))
         for tensor in returned:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..arguments import checked
@@ -150,7 +151,7 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
                 raise DNALError(
                     f"the FLOPs of {where} cannot be counted: torch's tracer, with which fvcore counts, fails there "
                     f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); "
-                    "sizes that a forward takes from x.shape must not be tested with isinstance or used as Python ints"
+                    "write its forward so that torch.jit.trace passes it"
                 ) from error
             stubbed.append(path)  # without parameters: it is passed over, and what it returns is taken from a run
             _stub(traced, path)
@@ -166,7 +167,7 @@ def _check_runs(model: nn.Module, dummy_input: Any) -> None:
 
 
 def _count(traced: _Traced, missed: set[str], stubbed: list[str]) -> Count:
-    with warnings.catch_warnings(), torch.no_grad(), _as_the_tracer_needs_it():
+    with warnings.catch_warnings(), torch.no_grad(), _as_the_tracer_needs_it(), _Sizes():
         warnings.simplefilter("ignore")  # the tracer's remarks on the user's forward
         analysis = FlopCountAnalysis(traced, traced.tensors)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -179,6 +180,16 @@ def _count(traced: _Traced, missed: set[str], stubbed: list[str]) -> Count:
     flops = {path.removeprefix("model").lstrip("."): int(n) for path, n in by_module.items() if path}
     names = sorted({name.partition("::")[2].removeprefix("PythonOp.") for name in missed} | set(stubbed))
     return Count(flops, tuple(names))
+
+
+class _Sizes(TorchFunctionMode):
+    """Sizes that a forward reads are ints, as they are when it is not traced: it may test for that, or look them up."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (Tensor.size, Tensor.numel, Tensor.nelement) or getattr(func, "__self__", None) is Tensor.shape:
+            return torch.Size(map(int, found)) if isinstance(found, tuple) else int(found)
+        return found
 
 
 def _careful(name: str, handle: Handle, missed: set[str]) -> Handle:

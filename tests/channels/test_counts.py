@@ -165,7 +165,8 @@ def test_a_number_knows_what_it_is_computed_from() -> None:
     heads, width = (Count.of(n, [Attribute("block", name, (n,), None)], plain=True) for name, n in numbers.items())
     each = width // heads
     assert (each, type(each)) == (4, Count)
-    assert not each.plain and {source.number for source in each.sources} == {3, 12}
+    assert not each.plain and {source.number for source in each.sources} == {12}
+    assert {source.number for source in (each * heads).sources} == {3, 12} and type(24 // heads) is int
     found = {(source.number, start, end) for source, start, end in runs(each, 2, (2, 3, 4, 5))}
     assert found == {(12, 1, 3)}
     assert type(width + 1) is int and type(width / 2) is float

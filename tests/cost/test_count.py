@@ -123,10 +123,10 @@ def test_unpooling(module: bool) -> None:
 
 
 class Stubborn(nn.Module):
-    """No tracer passes it: in a trace, sizes are tensors."""
+    """No tracer passes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(x.shape[2], int)
+        assert not torch.jit.is_tracing()
         return x * 2
 
 
@@ -147,7 +147,7 @@ def test_a_module_without_parameters_that_cannot_be_traced_is_passed_over_and_na
 
 class StubbornConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(x.shape[2], int)
+        assert not torch.jit.is_tracing()
         return super().forward(x)
 
 
@@ -155,6 +155,19 @@ def test_a_layer_that_cannot_be_traced_is_an_error_that_names_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), StubbornConv(8, 4, 1))
     with pytest.raises(DNALError, match=r"the FLOPs of 1 \(StubbornConv\) cannot be counted: torch's tracer"):
         measure(model, torch.randn(2, 3, 8, 8))
+
+
+class ByInts(nn.Conv2d):
+    """Sizes are tested, and looked up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert all(isinstance(n, int) for n in (*x.shape, x.size(1), x.numel()))
+        places = {(8, 8): 1.0}
+        return super().forward(x) * places[tuple(x.shape[2:])]
+
+
+def test_sizes_are_ints_while_it_is_counted() -> None:
+    assert flops(ByInts(3, 4, 1), torch.randn(2, 3, 8, 8)) == 2 * 64 * 3 * 4
 
 
 class Custom(torch.autograd.Function):

@@ -22,6 +22,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from random_nets import Network, Program, kinds, op, programs, run, runs
 from random_nets.modules import Dropping
+from random_nets.sizes import Insisting
 from random_nets.spatial import FORMS
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -370,6 +371,10 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
         Program((C, op("tokens"), op("takes_width", stored=True))),
         ["conv0.conv", "takes_width2.qkv"],
     ),
+    **{
+        f"sizes as ints, {form}": (Program((C, op("insisting", form=form), LAST)), ["conv0.conv", "insisting1.layer"])
+        for form in Insisting.FORMS
+    },
     "equalised convolutions": (
         Program((op("equalised"), op("act"), op("equalised", width=6), LAST)),
         ["equalised0.weight", "equalised2.weight", "conv3.conv"],

@@ -40,6 +40,43 @@ def takes_width(x: Value, *, heads: int = 2, stored: bool = False) -> Made:
     return TakesWidth(x.channels, heads, stored) if fits else None
 
 
+class Insisting(nn.Module):
+    """A block that wants sizes to be Python's ints, or makes such of them, and asks for shapes with them."""
+
+    FORMS = ("isinstance", "type", "int", "tensor", "pattern", "attribute")
+
+    def __init__(self, channels: int, layer: nn.Module, form: str) -> None:
+        super().__init__()
+        self.width, self.layer, self.form = channels, layer, form
+
+    def size(self, x: Tensor) -> int:
+        width = x.shape[1]
+        if self.form == "int":
+            return int(width)
+        if self.form == "tensor":
+            return int(torch.tensor(x.shape)[1])
+        if self.form == "pattern":
+            match list(x.shape):
+                case [int(), int(found), *_]:
+                    return found
+            raise TypeError(f"{x.shape}")
+        assert isinstance(width, int) if self.form == "isinstance" else type(width) is int
+        if self.form == "attribute":
+            assert type(self.width) is int and width == self.width
+            return self.width
+        return width
+
+    def forward(self, x: Tensor) -> Tensor:
+        width, y = self.size(x), self.layer(x)
+        return y.reshape(len(x), width // 2, 2, -1).mul(2.0).reshape(len(x), width, *y.shape[2:])
+
+
+@ingredient(often=2, form=st.sampled_from(Insisting.FORMS))
+def insisting(x: Value, *, form: str = "int") -> Made:
+    fits = x.dims and x.channels % 2 == 0
+    return Insisting(x.channels, CONV[x.dims](x.channels, x.channels, 1), form) if fits else None
+
+
 class Equalised(nn.Module):
     """A convolution (or linear layer) without a module, its weight scaled at every forward (StyleGAN)."""
 
