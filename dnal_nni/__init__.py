@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .outcome import report_of as report_of
     from .plugin.masks import speedup as speedup
     from .plugin.pruner import DNALPruner as DNALPruner
+    from .plugin.strategies.bounded import BoundedStrategy as BoundedStrategy
     from .plugin.strategies.dnal import DNALStrategy as DNALStrategy
     from .plugin.strategies.prime import PrimeStrategy as PrimeStrategy
     from .plugin.strategies.topology import TopologyStrategy as TopologyStrategy
@@ -31,6 +32,7 @@ __version__ = "0.2.0.dev0"
 
 # imported at first use: `import dnal_nni` needs neither nni nor matplotlib
 _HOME = {
+    "BoundedStrategy": "plugin.strategies.bounded",
     "Budget": "budget",
     "Complexity": "budget",
     "DNALError": "errors",

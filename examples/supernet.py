@@ -4,6 +4,7 @@
     python examples/supernet.py --data fashion --root DIR --images 10000 --epochs 10 --out out/supernet_fashion
     python examples/supernet.py --strategy prime --out out/prime
     python examples/supernet.py --strategy topology --out out/topology
+    python examples/supernet.py --strategy bounded --memory 0.5 --out out/bounded
 
 The first takes one to two minutes on one CPU core and downloads nothing; expect some 99 % accuracy. DIR holds
 FashionMNIST/raw. Needs pytorch_lightning: pip install -e ".[examples,lightning]". Writes OUT/network.png, the
@@ -11,7 +12,8 @@ operations and widths that were kept, OUT/network.safetensors and OUT/report.jso
 
 - dnal: DNALStrategy, candidates and widths under a budget. prime: PrimeStrategy, one candidate a layer; a part of the
   training images is for its architecture. topology: TopologyStrategy, on two cells: which inputs every node reads, and
-  which operation on each. gates: that, with DNAL's gates under the budget.
+  which operation on each. gates: that, with DNAL's gates under the budget. bounded: candidates are dropped until the
+  supernet fits in half of the memory that it takes, then dnal searches what is left.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ with warnings.catch_warnings():
 from quickstart import accuracy, digits
 from supernet_space import DIGITS, FASHION, Cells, Supernet
 
-from dnal_nni import Budget, DNALStrategy, PrimeStrategy, TopologyStrategy, save_compressed
+from dnal_nni import BoundedStrategy, Budget, DNALStrategy, PrimeStrategy, TopologyStrategy, save_compressed
 from dnal_nni.modules.cells import Node
 from dnal_nni.modules.choices import Mixture
 
@@ -132,14 +134,15 @@ def picture(kept: dict[str, dict[str, tuple[int, int]]], title: str, path: Path)
     """A square for every candidate of every layer, as dark as it is wide; empty where it was removed."""
     from matplotlib.figure import Figure
 
-    names = list(next(iter(kept.values())))
-    share = [[row[name][0] / row[name][1] for row in kept.values()] for name in names]
+    names = sorted({name for row in kept.values() for name in row})
+    widths = [[row.get(name, (0, 1)) for row in kept.values()] for name in names]
+    share = [[now / before for now, before in row] for row in widths]
     figure = Figure(figsize=(2 + 0.9 * len(kept), 1.5 + 0.5 * len(names)), layout="constrained")
     axes = figure.add_subplot(title=title)
     widest = max(max(row) for row in share)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=widest, aspect="auto")
-    for x, row in enumerate(kept.values()):
-        for y, (now, before) in enumerate(row.values()):
+    for y, row in enumerate(widths):
+        for x, (now, before) in enumerate(row):
             dark = "white" if now > 0.6 * widest * before else "black"
             axes.text(x, y, f"{now}/{before}" if now else "", ha="center", va="center", color=dark, fontsize=8)
     axes.set_xticks(range(len(kept)), list(kept), rotation=30, ha="right", fontsize=8)
@@ -181,7 +184,7 @@ def held_out(data: Data, seed: int) -> Data:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategy", choices=("dnal", "prime", "topology", "gates"), default="dnal")
+    parser.add_argument("--strategy", choices=("dnal", "prime", "topology", "gates", "bounded"), default="dnal")
     parser.add_argument("--data", choices=("digits", "fashion"), default="digits")
     parser.add_argument("--root", type=Path, default=Path("data"), help="directory of FashionMNIST/raw")
     parser.add_argument("--images", type=int, default=60_000, help="of Fashion-MNIST, to train on")
@@ -189,6 +192,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of the search, half of them its warmup")
     parser.add_argument("--retrain", type=int, help="epochs of the network found; as many by default")
     parser.add_argument("--single-path", action="store_true", help="one candidate a layer")
+    parser.add_argument("--memory", type=float, default=0.5, help="of bounded: bytes, or a fraction of the supernet's")
     parser.add_argument("--sequential", action="store_true", help="one candidate in memory at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/supernet"))
@@ -204,6 +208,9 @@ def main() -> None:
     seen = data
     if args.strategy == "prime":
         strategy = PrimeStrategy(sequential=args.sequential)
+        seen = held_out(data, args.seed)
+    elif args.strategy == "bounded":
+        strategy = BoundedStrategy(strategy, memory=args.memory)
         seen = held_out(data, args.seed)
     elif args.strategy in ("topology", "gates"):
         space, budget = Cells(), Budget(flops=args.flops) if args.strategy == "gates" else None

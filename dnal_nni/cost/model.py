@@ -174,6 +174,10 @@ class CostModel:
         """Expected FLOPs ``[...]`` at gates ``g``: all active groups' gates concatenated, float ``[..., units]``."""
         return (self.flop_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.flop_rest
 
+    def share(self, g: Tensor) -> Tensor:
+        """:meth:`flops` as a fraction of the whole network's."""
+        return self.flops(g) / self.dense.flops
+
     def params(self, g: Tensor) -> Tensor:
         """Expected number of parameters ``[...]`` at gates ``g``, float ``[..., units]``."""
         return (self.param_terms.to(g.dtype) * self._fractions(g)).sum(-1) + self.param_rest

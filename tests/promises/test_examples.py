@@ -46,7 +46,7 @@ def test_supernet(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["prime", "topology", "gates"])
+@pytest.mark.parametrize("strategy", ["prime", "topology", "gates", "bounded"])
 def test_supernet_by_another_strategy(strategy: str, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning")
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "supernet.py"), "--epochs", "4", "--retrain", "6"]
@@ -54,7 +54,9 @@ def test_supernet_by_another_strategy(strategy: str, tmp_path: Path) -> None:
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads((tmp_path / "report.json").read_text())
     kept = [[name for name, (now, _) in layer.items() if now] for layer in found["kept"].values()]
-    if strategy == "prime":
+    if strategy == "bounded":
+        assert all(kept) and min(map(len, kept)) < 6 and "candidates were dropped first" in out
+    elif strategy == "prime":
         assert [len(names) for names in kept] == [1] * 4 and "stage1_layer1" in out
     else:  # three nodes of two inputs, of nine
         assert sorted(len(names) for names in kept) == [0] * 3 + [1] * 6 and "cell/4/3" in out

@@ -11,13 +11,12 @@ from nni.nas.nn.pytorch import ModelSpace
 
 from ...arguments import checked_but
 from ...budget import Budget
-from ...errors import DNALError
 from ...modules.choices import Choice
 from ...modules.layers import mixing
 from ..pruner import DNALPruner
 from ..space import Space
 from .searching import PathSearching, Searching
-from .supernet import SupernetStrategy, check_budget, check_no_widths
+from .supernet import SupernetStrategy, check_budget, check_flag, check_no_widths, check_warmup
 
 WARMUP = 0.5
 
@@ -67,14 +66,13 @@ class DNALStrategy(SupernetStrategy):
     ) -> None:
         super().__init__(dummy_input=dummy_input, sequential=sequential, verify_seconds=verify_seconds)
         check_budget(budget)
-        if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
-            raise DNALError(f"warmup={warmup!r}: must be a number in [0, 1), a share of the steps")
+        check_warmup(warmup)
         self.budget, self.warmup, self.arch_lr = budget, warmup, arch_lr
-        for name, value in (("single_path", single_path), ("widths", widths)):
-            if not isinstance(value, bool) and (name, value) != ("single_path", None):
-                raise DNALError(f"{name}={value!r}: must be True or False")
+        if single_path is not None:
+            check_flag("single_path", single_path)
+        check_flag("widths", widths)
         self.single_path = not widths if single_path is None else single_path
-        self.widths = widths
+        self.widths, self.by_paths = widths, not widths
 
     def space_of(self, model: ModelSpace) -> Space:
         space = Space(model, self.single_path)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.nn.pytorch import ModelSpace
-from torch import Tensor, nn
+from torch import nn
 
 from ...arguments import checked_but, fits, shown
 from ...errors import DNALError
@@ -20,7 +20,7 @@ from ..pruner import DNALPruner
 from ..space import Space
 from .holdout import Holdout
 from .searching import HeldOutSearching
-from .supernet import SupernetStrategy, check_no_widths
+from .supernet import SupernetStrategy, check_no_widths, check_number
 
 INFORMED = Informed(10)
 
@@ -39,12 +39,10 @@ class Prime(Method):
         every = 1 if isinstance(self.schedule, Informed) else self.schedule
         share = self.schedule.share if isinstance(self.schedule, Informed) else 1 / every
 
-        def cost(g: Tensor) -> Tensor:
-            return plan.cost.flops(g) / plan.cost.dense.flops
-
         return PrimeScores(
             picks_of(model, plan.active), steps, activation=self.activation, regularizer=self.regularizer, rho=self.rho,
-            reach=self.arch_lr or 0.0, every=every, share=share, cost=cost, device=next(model.parameters()).device,
+            reach=self.arch_lr or 0.0, every=every, share=share, cost=plan.cost.share,
+            device=next(model.parameters()).device,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
@@ -59,7 +57,7 @@ class PrimeStrategy(SupernetStrategy):
     the evaluator's validation data, as that of NNI's DARTS does, in the steps that ``schedule`` says; the weights learn
     from its training data in every step. What is derived is DARTS's: the candidate of the largest weight, of a cell's
     node the inputs with the largest. The paper's code was read; its figures were not reproduced. What differs from it:
-    docs/strategies.md.
+    docs/prime.md.
 
     Use it as any strategy of NNI, ``NasExperiment(space, evaluator, strategy)``, or by itself,
     ``strategy(space, evaluator)``; then :meth:`slim_model` is the network found. ``space`` is not changed. There is no
@@ -101,9 +99,8 @@ class PrimeStrategy(SupernetStrategy):
             raise DNALError(f"activation={activation!r}: choose 'softmax' or 'bounded'")
         if regularizer is not None and regularizer not in get_args(Regularizer):
             raise DNALError(f"regularizer={regularizer!r}: choose 'proximity', 'consensus' or None")
-        for name, value in (("rho", rho), ("arch_lr", arch_lr)):
-            if not fits(value, float) or not 0 <= value < float("inf"):
-                raise DNALError(f"{name}={shown(value)}: must be a number >= 0")
+        check_number("rho", rho)
+        check_number("arch_lr", arch_lr)
         if not isinstance(schedule, Informed) and not (fits(schedule, int) and schedule >= 1):
             raise DNALError(f"schedule={shown(schedule)}: give Informed(10), or a whole number >= 1 of steps")
         self.method = Prime(

@@ -49,24 +49,6 @@ class Searching(pl.Callback):
         self._seen = 0
         self._went_on: dict[str, Any] | None = None  # random state that it goes on from
 
-    @contextlib.contextmanager
-    def around(self, module: pl.LightningModule) -> Iterator[None]:
-        """Let the training steps of ``module`` be :meth:`stepped`."""
-        own, step = vars(module).get("training_step"), module.training_step
-
-        @functools.wraps(step)
-        def stepped(*args: Any, **kwargs: Any) -> Any:
-            return self.stepped(step, *args, **kwargs)
-
-        module.training_step = stepped
-        try:
-            yield
-        finally:
-            if own is None:
-                del module.training_step
-            else:
-                module.training_step = own
-
     def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a training step does, and what else is due with it."""
         return step(*args, **kwargs)
@@ -84,10 +66,7 @@ class Searching(pl.Callback):
             raise DNALError(
                 "the search has no known length: give the trainer max_epochs or max_steps, and data a length"
             )
-        if trainer.world_size != 1:
-            raise DNALError(f"the trainer uses {trainer.world_size} devices: a search needs one, devices=1")
-        if len(trainer.optimizers) != 1:
-            raise DNALError(f"the evaluator has {len(trainer.optimizers)} optimizers: a search needs one")
+        check_trainer(trainer)
         self._first = int(self.warmup * steps)
         self._steps = int(steps) - self._first
         self._seen = trainer.global_step
@@ -231,6 +210,28 @@ class HeldOutSearching(Searching):
                 batch = self._trainer.strategy.batch_to_device(self.holdout.batch())
                 search.learn(lambda: loss_in(step(batch, *args[1:], **kwargs), "the architecture learns from it"))
         return step(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def around(module: pl.LightningModule, stepped: Callable[..., Any]) -> Iterator[None]:
+    """Let the training steps of ``module`` be ``stepped``, which gets the own one ahead of its arguments."""
+    own, step = vars(module).get("training_step"), module.training_step
+    module.training_step = functools.wraps(step)(functools.partial(stepped, step))
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.training_step
+        else:
+            module.training_step = own
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Raise for what is trained on several devices, or by several optimizers."""
+    if trainer.world_size != 1:
+        raise DNALError(f"the trainer uses {trainer.world_size} devices: a search needs one, devices=1")
+    if len(trainer.optimizers) != 1:
+        raise DNALError(f"the evaluator has {len(trainer.optimizers)} optimizers: a search needs one")
 
 
 def loss_in(output: Any, why: str) -> Tensor:

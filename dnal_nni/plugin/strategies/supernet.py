@@ -15,7 +15,7 @@ from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace
 from torch import Tensor, nn
 
-from ...arguments import shown
+from ...arguments import fits, shown
 from ...budget import Budget
 from ...errors import DNALError
 from ...modules.choices import Mixture
@@ -24,34 +24,13 @@ from ..pruner import DNALPruner
 from ..space import Space
 from ..steps import same_random_numbers
 from .holdout import Randomness
-from .searching import Searching
+from .searching import Searching, around
 
 T = TypeVar("T")
 
 
-class SupernetStrategy(OneShotStrategy, abc.ABC):
-    """Searches a supernet whose candidates are summed, in a training of Lightning; closed candidates are then removed.
-
-    The evaluator stays as it is: its trainer gets a callback while the search runs. So clipping, schedules, precision
-    and accumulation of gradients are the user's own, and NNI needs no patch.
-
-    Args:
-        dummy_input: what FLOPs are counted for, as for :class:`~dnal_nni.DNALPruner`; None: the first image of the
-            evaluator's training data.
-        sequential: keep the activations of one candidate at a time.
-        verify_seconds: time limit for comparing sliced with gated copies, as for :class:`~dnal_nni.DNALPruner`.
-    """
-
-    def __init__(
-        self, *, dummy_input: Any = None, sequential: bool = False, verify_seconds: float | None = None
-    ) -> None:
-        super().__init__()
-        if not isinstance(sequential, bool):
-            raise DNALError(f"sequential={sequential!r}: must be True or False")
-        self.dummy_input, self.sequential, self.verify_seconds = dummy_input, sequential, verify_seconds
-        self._space: Space | None = None
-        self._pruner: DNALPruner | None = None
-        self._epochs: int | None = None
+class SpaceStrategy(OneShotStrategy):
+    """What searches a model space of NNI, in an experiment of NNI or by itself."""
 
     def __call__(self, model_space: Any, engine: Any) -> None:
         """Search ``model_space``, a :class:`ModelSpace`, with ``engine``, an evaluator (or NNI's forms of both)."""
@@ -64,6 +43,35 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
                 "searches the widths of a network"
             )
         super().__call__(model_space, engine)
+
+
+class SupernetStrategy(SpaceStrategy, abc.ABC):
+    """Searches a supernet whose candidates are summed, in a training of Lightning; closed candidates are then removed.
+
+    The evaluator stays as it is: its trainer gets a callback while the search runs. So clipping, schedules, precision
+    and accumulation of gradients are the user's own, and NNI needs no patch.
+
+    Args:
+        dummy_input: what FLOPs are counted for, as for :class:`~dnal_nni.DNALPruner`; None: the first image of the
+            evaluator's training data.
+        sequential: keep the activations of one candidate at a time.
+        verify_seconds: time limit for comparing sliced with gated copies, as for :class:`~dnal_nni.DNALPruner`.
+
+    Attributes:
+        by_paths: whether a step runs several paths, instead of the sum of all candidates.
+    """
+
+    by_paths = False
+
+    def __init__(
+        self, *, dummy_input: Any = None, sequential: bool = False, verify_seconds: float | None = None
+    ) -> None:
+        super().__init__()
+        check_flag("sequential", sequential)
+        self.dummy_input, self.sequential, self.verify_seconds = dummy_input, sequential, verify_seconds
+        self._space: Space | None = None
+        self._pruner: DNALPruner | None = None
+        self._epochs: int | None = None
 
     # -- what a strategy is -------------------------------------------------------------------------------------------
 
@@ -91,13 +99,18 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
 
     def mutate_evaluator(self, evaluator: Any) -> Any:
         """Find the gates; the evaluator stays as it is, and its trainer gets a callback while the search runs."""
-        if not isinstance(evaluator, Lightning):
-            raise DNALError(
-                f"the evaluator is a {type(evaluator).__name__}: a search needs nni.nas.evaluator.pytorch.Lightning, "
-                "or one derived from it (Classification, Regression)"
-            )
-        self._pruner = self.pruner_of(evaluator)
+        self._pruner = self.pruner_of(checked_evaluator(evaluator))
         return evaluator
+
+    def as_searched(self, model: ModelSpace, evaluator: Lightning) -> nn.Module:
+        """A supernet of ``model`` as a step of the search runs it, to measure one; the strategy is of no use then."""
+        self.mutate_model(model)
+        self.mutate_evaluator(evaluator)
+        search = self.pruner.session.search(100, weights_learn=True, progress=False)
+        search.start()
+        for leaf in search.leaves.tensors:
+            leaf.requires_grad_(True)
+        return self.pruner.bound_model
 
     @abc.abstractmethod
     def pruner_of(self, evaluator: Lightning) -> DNALPruner:
@@ -131,7 +144,7 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
         places = [i for i, other in enumerate(trainer.callbacks) if isinstance(other, pl.callbacks.Checkpoint)]
         trainer.callbacks.insert(min(places, default=len(trainer.callbacks)), callback)
         try:
-            with callback.around(evaluator.module):
+            with around(evaluator.module, callback.stepped):
                 super()._run()
         finally:
             trainer.callbacks.remove(callback)
@@ -182,6 +195,40 @@ class SupernetStrategy(OneShotStrategy, abc.ABC):
     def report(self) -> Report:
         """What the last :meth:`slim_model` left of the supernet."""
         return self.pruner.report
+
+
+def checked_evaluator(evaluator: Any) -> Lightning:
+    """``evaluator``, which must be one of Lightning's."""
+    if not isinstance(evaluator, Lightning):
+        raise DNALError(
+            f"the evaluator is a {type(evaluator).__name__}: a search needs nni.nas.evaluator.pytorch.Lightning, "
+            "or one derived from it (Classification, Regression)"
+        )
+    return evaluator
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise DNALError(f"{name}={shown(value)}: must be True or False")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise for what is no finite number >= 0."""
+    if not fits(value, float) or not 0 <= value < float("inf"):
+        raise DNALError(f"{name}={shown(value)}: must be a number >= 0")
+
+
+def check_whole(name: str, value: Any, least: int, what: str) -> None:
+    """Raise for what is no whole number of at least ``least``; ``what`` it counts."""
+    if not fits(value, int) or value < least:
+        raise DNALError(f"{name}={shown(value)}: must be a whole number >= {least}, {what}")
+
+
+def check_warmup(warmup: Any) -> None:
+    """Raise for what is no share of the steps that leaves some."""
+    if not fits(warmup, float) or not 0 <= warmup < 1:
+        raise DNALError(f"warmup={shown(warmup)}: must be a number in [0, 1), a share of the steps")
 
 
 def check_budget(budget: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.nn.pytorch import ModelSpace
-from torch import Tensor, nn
+from torch import nn
 
-from ...arguments import checked_but, fits, shown
+from ...arguments import checked_but, shown
 from ...budget import Budget
 from ...errors import DNALError
 from ...modules.cells import Topology
@@ -24,7 +24,7 @@ from ..pruner import DNALPruner
 from ..space import Space
 from .dnal import WARMUP
 from .searching import Searching
-from .supernet import SupernetStrategy, check_budget, check_no_widths
+from .supernet import SupernetStrategy, check_budget, check_no_widths, check_number, check_warmup
 
 Operations = Literal["softmax", "gates"]
 USUAL = Topology()
@@ -49,11 +49,8 @@ class Wired(Method):
                 logits=logits,
             )  # fmt: skip
 
-        def cost(g: Tensor) -> Tensor:
-            return plan.cost.flops(g) / plan.cost.dense.flops
-
         decisions = topology_of(model, plan.active, self.topology)
-        return TopologyScores(*decisions, self.topology, steps, reach=logits, cost=cost, device=device)
+        return TopologyScores(*decisions, self.topology, steps, reach=logits, cost=plan.cost.share, device=device)
 
     def settings(self) -> dict[str, Any]:
         """Numbers and strings."""
@@ -111,10 +108,8 @@ class TopologyStrategy(SupernetStrategy):
                 raise DNALError(f"ops='gates' needs one number of inputs, and is given {topology.inputs}")
         elif budget is not None:
             raise DNALError(f"budget={budget} goes with ops='gates': a softmax knows no cost")
-        if not fits(warmup, float) or not 0 <= warmup < 1:
-            raise DNALError(f"warmup={shown(warmup)}: must be a number in [0, 1), a share of the steps")
-        if not fits(arch_lr, float) or not 0 <= arch_lr < float("inf"):
-            raise DNALError(f"arch_lr={shown(arch_lr)}: must be a number >= 0")
+        check_warmup(warmup)
+        check_number("arch_lr", arch_lr)
         self.topology, self.ops, self.budget, self.warmup = topology, ops, budget, warmup
         self.method = Wired(topology=topology, ops=ops, arch_lr=arch_lr)
 
