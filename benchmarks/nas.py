@@ -150,6 +150,14 @@ def random_search(job: Job, data: Data) -> dict[str, Any]:
     return found[scores.index(max(scores))]
 
 
+def renew(model: nn.Module, seed: int) -> None:
+    """New weights."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)):
+            module.reset_parameters()
+
+
 def one(job: Job) -> dict[str, Any]:
     """Run a job in this process."""
     torch.set_num_threads(1)
@@ -164,10 +172,7 @@ def one(job: Job) -> dict[str, Any]:
         model = strategy.slim_model()
         architecture = {g.name: [g.kept, g.units] for g in strategy.report.groups}
         if job.method != "dnal":
-            torch.manual_seed(job.seed)
-            for module in model.modules():
-                if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)):
-                    module.reset_parameters()
+            renew(model, job.seed)
     else:
         if job.method in ("random_one", "random_long"):
             architecture = sampled(job, random.Random(job.seed))

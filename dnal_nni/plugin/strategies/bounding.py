@@ -53,6 +53,7 @@ class Restricting(Metering):
     Attributes:
         shrinking: what was dropped, and why; None before the first step.
         finished: whether what is left fits.
+        trainer: of the training under way.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class Restricting(Metering):
         self.shrinking: Shrinking | None = None
         self.finished = False
         self._holdings: Holdings | None = None
-        self._trainer: pl.Trainer | None = None
         self._module: Any = None
+        self.trainer: Any = None
 
     @property
     def steps(self) -> int:
@@ -84,17 +85,16 @@ class Restricting(Metering):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_trainer(trainer)
-        self._trainer, self._module = trainer, pl_module
+        self.trainer, self._module = trainer, pl_module
         super().on_train_start(trainer, pl_module)
 
     def stepped(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         """A training step on a path."""
-        assert self._trainer is not None
         if self._holdings is None:
             with same_random_numbers():
                 by_paths = self.as_searched is None
                 self._holdings = self.subspace.measure(lambda: step(batch, *args, **kwargs), by_paths)
-        done = self._trainer.global_step
+        done = self.trainer.global_step
         if self.shrinking is not None and not self.finished:
             due = (done + 1) // self.batches > self.shrinking.done
             gone: list[nn.Parameter] = []
@@ -111,9 +111,8 @@ class Restricting(Metering):
 
     def learn(self, step: Callable[[Any], Any]) -> None:
         """A round of the controller; ``step`` is a training step on a batch."""
-        assert self._trainer is not None
         for _ in range(self.updates):
-            batch = self._trainer.strategy.batch_to_device(self.holdout.batch())
+            batch = self.trainer.strategy.batch_to_device(self.holdout.batch())
             drawn = [self.controller.sample() for _ in range(TOGETHER)]
             rewards = []
             with torch.no_grad():
@@ -145,13 +144,12 @@ class Restricting(Metering):
         return True
 
     def _let_go_of(self, gone: set[nn.Parameter]) -> None:
-        assert self._trainer is not None
-        for optimizer in self._trainer.optimizers if gone else ():
+        for optimizer in self.trainer.optimizers if gone else ():
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
             for parameter in gone:
                 optimizer.state.pop(parameter, None)
-        self.meter.weigh(self._module, self._trainer.optimizers)
+        self.meter.weigh(self._module, self.trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
