@@ -74,7 +74,7 @@ from dnal_nni.search.bounded import SLACK
 from dnal_nni.search.subspace import Holdings, Subspace
 
 # epochs of DNALStrategy, or rounds of the controller, that take about the same CPU seconds
-LENGTHS = {"bounded": 9, "controller": 27, "random": 13, "sequential": 3, "whole": 4, "unlimited": 4}
+LENGTHS = {"bounded": 4, "controller": 18, "random": 8, "sequential": 2, "whole": 2, "unlimited": 3}
 ROWS = list(LENGTHS)
 ROUNDS: dict[str, int] = {"rounds": 4, "batches": 25, "paths": 32}
 ROOM = 400 * 2**20  # bytes
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--room", type=int, help="of `one`: bytes that the process may grow by, beside the limit")
     parser.add_argument("--limit", type=float, default=0.4, help="of what a step of the whole supernet holds")
     parser.add_argument("--flops", type=float, default=8e4, help="MACs of what is found")
-    parser.add_argument("--retrain", type=int, default=12, help="epochs of what was found")
+    parser.add_argument("--retrain", type=int, default=8, help="epochs of what was found")
     parser.add_argument("--lengths", type=json.loads, default=LENGTHS, help="epochs, or rounds, of every row: JSON")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))

@@ -12,6 +12,7 @@ from dnal_nni.modules.gates import ScaledSigmoidGate
 from dnal_nni.plan import Plan
 from dnal_nni.report.interventions import Interventions
 from dnal_nni.report.record import GroupReport, Report
+from dnal_nni.search.bounded import Bound
 from dnal_nni.search.loop import Search
 from dnal_nni.search.settings import Setting
 from dnal_nni.session import Method, Session
@@ -24,14 +25,14 @@ search and cut without NNI.
 """
 HANDED_OUT = (
     *(Search, Plan, Setting, Session, Method, ChannelGroup, Member, ScaledSigmoidGate, Report, GroupReport),
-    *(Flow, Labels, Operation, Interventions),
+    *(Flow, Labels, Operation, Interventions, Bound),
 )
 METHODS = {"search", "compress", "harden", "speedup", "carry_optimizer", "unwrap_model", "wrap_model", "update_masks"}
 METHODS |= {"get_masks", "state_dict", "load_state_dict", "save_checkpoint", "load_checkpoint", "from_compressor"}
 METHODS |= {"report", "groups", "gates", "step", "penalised", "restore", "to_dict", "from_dict", "to_json", "to_html"}
 METHODS |= {"choose", "dependency_groups", "slim_model", "list_models"}
 METHODS |= {"to_tensorboard", "plot_widths", "rows"}
-METHODS |= {"repair", "with_arguments", "count", "facts"}
+METHODS |= {"repair", "with_arguments", "count", "facts", "bound", "note"}
 METHODS |= {"of", "put", "freeze", "couple", "mix", "meet", "argument", "gives_zero"}
 METHODS |= {"plan", "session", "active", "sizes", "by_group", "slim", "measured", "attach", "detach", "start", "stop"}
 
