@@ -4,7 +4,7 @@
     python benchmarks/choice.py --table --out benchmarks/results/choice.jsonl
 
 DIR as in `peers.py`. ResNet-20 at half width on the first 6,400 images of a data set: 8 epochs, then 6 in all (batch
-64, bfloat16 autocast, SGD with Nesterov momentum 0.9, weight decay 5e-4, lr 0.1 and then 0.05, 5 % warm-up and half a
+64, bfloat16 autocast or float32, SGD with Nesterov momentum 0.9, weight decay 5e-4, lr 0.1 and then 0.05, 5 % warm-up and half a
 cosine; mirrored and shifted at random). choice: `choose(batches=...)` and `repair` on 512 images. uniform: the same
 share of every group by its norms, and `repair`. taylor: torch-pruning's criterion on 8 batches, over all groups, and
 `repair`. search: the default search for 2 of the epochs, the weights learning too; norms re-estimated. One JSON line a
@@ -51,17 +51,17 @@ from cifar_data import augmented
 from cifar_models import MODELS
 
 METHODS = ("choice", "uniform", "taylor", "search")
-NAMES = ("dataset", "model", "seed", "budget", "method")
+NAMES = ("dataset", "model", "precision", "seed", "budget", "method")
 WIDTH, SUBSET, BATCH, TRAINED, EPOCHS, SEARCHED, IMAGES = 0.5, 6400, 64, 8, 6, 2, 512
 
 
 class Bench:
     """A data set, and what is done on it."""
 
-    def __init__(self, root: Path, dataset: str, model: str) -> None:
+    def __init__(self, root: Path, dataset: str, model: str, precision: str) -> None:
         train, self.test = load(dataset, root, True), load(dataset, root, False)
         self.train = train._replace(pixels=train.pixels[:SUBSET], labels=train.labels[:SUBSET])
-        self.model, self.steps = model, SUBSET // BATCH
+        self.model, self.steps, self.precision = model, SUBSET // BATCH, precision
 
     def normalised(self, pixels: Tensor) -> Tensor:
         scales = zip(self.train.mean, self.train.std)
@@ -74,8 +74,11 @@ class Bench:
             pixels = augmented(self.train.pixels[rows], generator, flips=self.train.flips)
             yield self.normalised(pixels), self.train.labels[rows]
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with self.autocast():
             return F.cross_entropy(model(images), labels)
 
     @torch.no_grad()
@@ -83,7 +86,7 @@ class Bench:
         model.eval()
         right = 0
         for pixels, labels in zip(self.test.pixels.split(1000), self.test.labels.split(1000)):
-            with torch.autocast("cpu", torch.bfloat16):
+            with self.autocast():
                 right += int((model(self.normalised(pixels)).argmax(1) == labels).sum())
         return 100 * right / len(self.test.labels)
 
@@ -144,21 +147,21 @@ class Bench:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    runs: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    runs: dict[tuple[str, str, float, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
-        runs[line["dataset"], line["budget"], line["method"]][line["seed"]] = line
+        runs[line["dataset"], line["precision"], line["budget"], line["method"]][line["seed"]] = line
     rows = []
-    for (dataset, budget, method), found in sorted(runs.items()):
+    for (dataset, precision, budget, method), found in sorted(runs.items()):
         after, end = ([line[name] for line in found.values()] for name in ("accuracy_cut", "accuracy"))
-        ours = runs[dataset, budget, METHODS[0]]
+        ours = runs[dataset, precision, budget, METHODS[0]]
         ahead = [ours[seed]["accuracy"] - line["accuracy"] for seed, line in found.items() if seed in ours]
         gap = ""
         if method != METHODS[0] and len(ahead) > 1:
             half = t.ppf(0.975, len(ahead) - 1) * statistics.stdev(ahead) / math.sqrt(len(ahead))
             gap = f"{statistics.mean(ahead):+.2f} ± {half:.2f}"
         cells = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x) if len(x) > 1 else 0:.2f}" for x in (after, end)]
-        rows.append([dataset, f"{budget:.0%}", method, len(found), *cells, gap])
-    head = ["data", "FLOPs", "method", "seeds", "right after the cut", "in the end", "choice is ahead by"]
+        rows.append([dataset, precision, f"{budget:.0%}", method, len(found), *cells, gap])
+    head = ["data", "precision", "FLOPs", "method", "seeds", "right after the cut", "in the end", "choice is ahead by"]
     return tabulate(rows, head, tablefmt="github")
 
 
@@ -171,6 +174,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.2], help="FLOPs to keep")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 without AVX512 or AMX")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
@@ -181,9 +185,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(line[name] for name in NAMES) for line in lines}
-    bench = Bench(args.data, args.dataset, args.model)
+    bench = Bench(args.data, args.dataset, args.model, args.precision)
     for seed in range(args.seeds):
-        jobs = [(args.dataset, args.model, seed, budget, method) for budget in args.budgets for method in args.methods]
+        of = args.dataset, args.model, args.precision, seed
+        jobs = [(*of, budget, method) for budget in args.budgets for method in args.methods]
         if all(job in done for job in jobs):
             continue
         torch.manual_seed(seed)
@@ -191,7 +196,7 @@ def main() -> None:
         uncut = bench.accuracy(dense)
         for job in jobs:
             if job not in done:
-                line = dict(zip(NAMES, job)) | {"uncut": uncut} | bench.run(dense, job[4], job[3], seed)
+                line = dict(zip(NAMES, job)) | {"uncut": uncut} | bench.run(dense, job[5], job[4], seed)
                 line |= provenance("cpu", "torch", "torch-pruning", "fvcore")
                 with args.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")

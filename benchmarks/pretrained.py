@@ -6,7 +6,7 @@
 
 DIR holds {train,test}/<WordNet id>/*.JPEG (Tiny ImageNet's images, a folder a class). The network keeps the 20 rows of
 its classifier that these classes have, so that it is right from the start. `--images` of them, `--epochs` epochs in all
-(a search inside of them), bfloat16 autocast, mirrored at random; SGD with Nesterov momentum 0.9 and weight decay 1e-4,
+(a search inside of them), bfloat16 autocast or float32, mirrored at random; SGD with Nesterov momentum 0.9 and weight decay 1e-4,
 in the search at a constant `--lr`, then 5 % warm-up to it and a half cosine to 0. One JSON line a run is added to
 OUT/runs.jsonl; a run whose line is there is not repeated. Accuracies are of all test images, in eval mode, with the
 norms' statistics as they are: "cut" right after the cut (and after the repair, "+repair"), "accuracy" at the end.
@@ -59,7 +59,7 @@ ONE_SHOT = ("choice", "uniform_l2", "group_l2", "taylor", "torch_pruning")
 CUT = ("dnal", "dnal_slow_norms", *ONE_SHOT)
 METHODS = ("uncut", "uncut_finetuned", *CUT, *(name + REPAIR for name in ("dnal", *ONE_SHOT[:4])))
 KINDS = [{"op_types": ["Conv2d", "Linear"]}]
-SETTINGS = ("pixels", "images", "epochs", "search_epochs", "lr", "batch_size", "budget", "repair")
+SETTINGS = ("pixels", "images", "epochs", "search_epochs", "lr", "batch_size", "budget", "repair", "precision")
 
 
 def load(root: Path, part: str, images: int, pixels: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -72,10 +72,6 @@ def load(root: Path, part: str, images: int, pixels: int) -> tuple[Tensor, Tenso
             found.append(np.asarray(image))
             labels.append(label)
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), classes
-
-
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 def set_momentum(model: nn.Module, momentum: float) -> None:
@@ -110,6 +106,9 @@ class Bench:
         right = sum(int((model(self.normalised(pixels)).argmax(1) == labels).sum()) for pixels, labels in parts)
         return 100 * right / len(self.test[1])
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.args.precision == "bf16")
+
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(model.parameters(), self.args.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
@@ -124,7 +123,7 @@ class Bench:
                 rate = (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * part))
                 optimizer.param_groups[0]["lr"] = self.args.lr * rate
                 optimizer.zero_grad()
-                with autocast():
+                with self.autocast():
                     loss = F.cross_entropy(model(images), labels)
                 loss.backward()
                 optimizer.step()
@@ -138,7 +137,7 @@ class Bench:
             for epoch in range(epochs):
                 model.train()
                 for images, labels in self.batches(seed, epoch):
-                    with autocast():
+                    with self.autocast():
                         loss = F.cross_entropy(model(images), labels)
                     search.step(loss)
         return pruner.speedup()
@@ -276,6 +275,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--budget", type=float, default=0.5, help="FLOPs to keep")
     parser.add_argument("--repair", type=int, default=1024, help="images for the repair")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 without AVX512 or AMX")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     run(args) if args.command == "run" else report(args)

@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import torch
 import torch.nn.functional as F

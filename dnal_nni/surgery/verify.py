@@ -172,13 +172,13 @@ class _Verification:
         try:
             while active := self.active:
                 failure = self._trial(active)
-                if self.patient:
-                    step = (time.monotonic() - self.start) / max(1, self.steps)
-                    self.patient, self.seconds = False, max(SECONDS, STEPS * step)
-                    self.limit = self.deadline = self.start + self.seconds
                 if failure is None:
                     break
                 if self._takes(failure.steps[-1].inputs):
+                    if self.patient:
+                        step = (time.monotonic() - self.start) / self.steps
+                        self.patient, self.seconds = False, max(SECONDS, STEPS * step)
+                        self.deadline = self.start + self.seconds
                     self._isolate(active, failure)
         except _TimeUp:
             self._too_late(self.active)
@@ -196,17 +196,24 @@ class _Verification:
 
     def _takes(self, inputs: Any) -> bool:
         """Whether the model itself runs on these inputs; if not, others take their place."""
+        if self._runs(inputs):
+            return True
+        if inputs is not self.full:
+            del self.others[0]
+            while self.others and not self._runs(self.others[0]):
+                del self.others[0]
+        elif self.dtype is torch.float64:
+            self._take_form(torch.float32)
+        elif inputs is not self.dummy_input:
+            self.full, self.others = self.dummy_input, []
+        else:
+            return True
+        return False
+
+    def _runs(self, inputs: Any) -> bool:
         try:
             outputs(twin(self.form), inputs, (), "eval")
         except FORWARD_ERRORS:
-            if inputs is not self.full:
-                del self.others[0]
-            elif self.dtype is torch.float64:
-                self._take_form(torch.float32)
-            elif inputs is not self.dummy_input:
-                self.full, self.others = self.dummy_input, []
-            else:
-                return True
             return False
         return True
 
