@@ -5,11 +5,12 @@
 
 DIR as in `peers.py`. ResNet-20 at half width on the first 6,400 images of a data set: 8 epochs, then 6 in all (batch
 64, bfloat16 autocast or float32, SGD with Nesterov momentum 0.9, weight decay 5e-4, lr 0.1 and then 0.05, 5 % warm-up
-and half a cosine; mirrored and shifted at random). choice: `choose(batches=...)` and `repair` on 512 images. uniform: the same
-share of every group by its norms, and `repair`. taylor: torch-pruning's criterion on 8 batches, over all groups, and
-`repair`. search: the default search for 2 of the epochs, the weights learning too; norms re-estimated. One JSON line a
-run; lines that are there are not repeated. Accuracies are of all test images. `--table` prints means and standard
-deviations, and by how much choice is ahead of the others, paired by seed, with its 95 % interval (Student's t).
+and half a cosine; mirrored and shifted at random). choice: `choose(batches=...)` and `repair` on 512 images. uniform:
+the same share of every group by its norms, and `repair`. taylor: torch-pruning's criterion on 8 batches, over all
+groups, and `repair`. search: the default search for 2 of the epochs, the weights learning too; norms re-estimated. One
+JSON line a run; lines that are there are not repeated. Accuracies are of all test images. `--table` prints means and
+standard deviations, and by how much choice is ahead of the others, paired by seed, with its 95 % interval (Student's
+t).
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@
 DIR holds {train,test}/<WordNet id>/*.JPEG (Tiny ImageNet's images, a folder a class). The network keeps the 20 rows of
 its classifier that these classes have, so that it is right from the start. `--images` of them, `--epochs` epochs in all
 (a search inside of them), bfloat16 autocast or float32, mirrored at random; SGD with Nesterov momentum 0.9 and weight
-decay 1e-4, in the search at a constant `--lr`, then 5 % warm-up to it and a half cosine to 0. One JSON line a run is added to
-OUT/runs.jsonl; a run whose line is there is not repeated. Accuracies are of all test images, in eval mode, with the
-norms' statistics as they are: "cut" right after the cut (and after the repair, "+repair"), "accuracy" at the end.
+decay 1e-4, in the search at a constant `--lr`, then 5 % warm-up to it and a half cosine to 0. One JSON line a run is
+added to OUT/runs.jsonl; a run whose line is there is not repeated. Accuracies are of all test images, in eval mode,
+with the norms' statistics as they are: "cut" right after the cut (and after the repair, "+repair"), "accuracy" at the
+end.
 
 - uncut, uncut_finetuned: the network itself; the same epochs on it.
 - dnal: the default search of one epoch, then fine-tuning. dnal_slow_norms: the norms keep their momentum of 0.01, as it
