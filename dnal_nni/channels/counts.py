@@ -286,6 +286,17 @@ class Sizes:
             if isinstance(number, Count) and self._valid(number):
                 yield place, number
 
+    def line(self, number: int, reserve: Callable[[int], Tensor]) -> Tensor | None:
+        """The channels that a number counts, where its source is known; of an attribute new ones, which it counts."""
+        if not isinstance(number, Count) or not number.plain or not self._valid(number):
+            return None
+        source = number.sources[0]
+        if isinstance(source, Size):
+            return source.ids
+        line = reserve(source.number)
+        self.stored.append(source.counting(line, 0))
+        return line
+
     def _valid(self, count: Count) -> bool:
         """Whether a number is of this forward, or of one around or inside of it: a cache may hold older ones."""
         path, running = self._frame()[0], self._running()

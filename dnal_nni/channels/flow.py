@@ -171,7 +171,14 @@ class Flow:
         """
         if self.made.plain(tensor):
             return torch.Size([1] * tensor.dim())
-        return torch.Size(1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride()))
+        repeated = self.made.repeated(tensor)
+        shape = enumerate(zip(tensor.shape, tensor.stride()))
+        return torch.Size(1 if step == 0 or axis in repeated else n for axis, (n, step) in shape)
+
+    def asked_for(self, tensor: Tensor, axis: int) -> Tensor | None:
+        """Labels of a plain tensor along an axis whose size the forward has asked for by a number of known source."""
+        line = self.sizes.line(self.made.size(tensor, axis), self.graph.reserve) if self.made.plain(tensor) else None
+        return None if line is None else lay(line, axis, tensor.dim())
 
     def why(self, what: str) -> str:
         """A reason, and the module in whose forward it lies."""

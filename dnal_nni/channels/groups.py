@@ -21,7 +21,7 @@ from .dependency import Dependencies, Graph
 from .graph import Site as GraphSite
 from .graph import Vertex, VertexKey, on_norms
 from .stored import couple_counted, stored_sizes
-from .trace import Trace
+from .trace import Trace, takes_gate
 from .work import shares
 
 Site = Literal["norm", "input", "output", "both"]
@@ -321,7 +321,7 @@ def _make_group(
         reads = dim is not None and slot.key in sites
         members.append(Member(path, side, ours, numbers, len(slot.units), dim, axis, reads))
     norms, site = _where_zeroed(members, list(sites.values()), sums)
-    without_gate = [m.path for m in members if m.reads and not _gate_fits(traced.model, m.path)]
+    without_gate = [m.path for m in members if m.reads and not takes_gate(traced.model, m.path)]
     reason = next((frozen[u] for u in units if u in frozen), None)
     if len(root.units) == 1:
         reason = "it has a single channel"
@@ -342,13 +342,6 @@ def _make_group(
         frozen=reason,
     )
     return group, number
-
-
-def _gate_fits(model: nn.Module, path: str) -> bool:
-    """Whether a gate can sit on a bare tensor: it is a parameter, and nothing else computes its values."""
-    owner, _, name = path.rpartition(".")
-    module = model.get_submodule(owner)
-    return name in module._parameters and not parametrize.is_parametrized(module)
 
 
 def _where_zeroed(

@@ -18,13 +18,29 @@ class Made:
     """
 
     def __init__(self) -> None:
-        self._plain: Any = WeakIdKeyDictionary()
+        self._plain: Any = WeakIdKeyDictionary()  # tensor -> the numbers that it was asked for with, if known
+        self._repeated: Any = WeakIdKeyDictionary()  # tensor -> axes along which it repeats one position
         # storage -> a tensor that keeps it alive, and the id of the channel at each of its elements
         self._filled: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def mark(self, tensor: Tensor) -> None:
-        """This tensor is plain."""
-        self._plain[tensor] = True
+    def mark(self, tensor: Tensor, numbers: tuple[int, ...] = ()) -> None:
+        """This tensor is plain; ``numbers`` are those of the call, its sizes first."""
+        sizes = numbers[: tensor.dim()]
+        self._plain[tensor] = sizes if sizes == tuple(tensor.shape) else ()
+
+    def size(self, tensor: Tensor, axis: int) -> int:
+        """What the forward asked for as the size of a plain tensor along an axis, where that is known."""
+        sizes = self._plain.get(tensor)
+        return sizes[axis] if sizes else tensor.shape[axis]
+
+    def repeat(self, tensor: Tensor, axes: tuple[int, ...]) -> None:
+        """This tensor repeats one position along ``axes``, as often as the forward asks for."""
+        self._repeated[tensor] = axes
+
+    def repeated(self, tensor: Tensor) -> tuple[int, ...]:
+        """The axes along which it does."""
+        axes: tuple[int, ...] = self._repeated.get(tensor, ())
+        return axes
 
     def plain(self, tensor: Tensor) -> bool:
         """Whether this tensor is plain, or a part of one into which nothing has been written."""

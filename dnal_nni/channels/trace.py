@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..modules.layers import Layer, RMSNorm, layer_of
 from ..modules.running import DispatchMode, call, flatten_tensors, hookable
@@ -252,12 +253,17 @@ class Trace(DispatchMode):
         return self._leaf_labels[id(tensor)]
 
     def _new_leaf(self, name: str, tensor: Tensor) -> Labels | None:
-        arrays = []
-        for dim, size in enumerate(tensor.shape):
-            if size > 1:
-                vertex = self.graph.vertex(name, "both", size, dim)
-                arrays.append(lay(vertex.ids, dim, tensor.dim()))
-        return Labels(tensor.shape, tuple(arrays), None) if arrays else None
+        ends = [self.graph.vertex(name, "both", size, dim) for dim, size in enumerate(tensor.shape) if size > 1]
+        arrays = tuple(lay(vertex.ids, vertex.dim or 0, tensor.dim()) for vertex in ends)
+        site = frozenset(vertex.key for vertex in ends) if takes_gate(self.model, name) else None
+        return Labels(tensor.shape, arrays, site) if arrays else None
+
+
+def takes_gate(model: nn.Module, path: str) -> bool:
+    """Whether a gate can sit on a bare tensor: it is a parameter, and nothing else computes its values."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    return name in module._parameters and not parametrize.is_parametrized(module)
 
 
 def names_of_tensors(model: nn.Module) -> tuple[dict[int, str], set[str]]:

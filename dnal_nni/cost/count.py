@@ -138,9 +138,8 @@ def count(model: nn.Module, dummy_input: Any) -> Count:
     traced = _Traced(model, dummy_input)
     stubbed = _passed_over(traced)
     while True:
-        missed: set[str] = set()
         try:
-            return _count(traced, missed, stubbed)
+            return _count(traced, stubbed)
         except FORWARD_ERRORS as error:
             if not stubbed:
                 _check_runs(model, dummy_input)
@@ -166,8 +165,19 @@ def _check_runs(model: nn.Module, dummy_input: Any) -> None:
         raise DNALError(rejected(dummy_input, error)) from error
 
 
-def _count(traced: _Traced, missed: set[str], stubbed: list[str]) -> Count:
-    with warnings.catch_warnings(), torch.no_grad(), _as_the_tracer_needs_it(), _Sizes():
+def _count(traced: _Traced, stubbed: list[str]) -> Count:
+    """With sizes that are tensors, as a forward may expect of the tracer; or else with ints."""
+    try:
+        return _counted(traced, stubbed, contextlib.nullcontext())
+    except FORWARD_ERRORS:
+        with contextlib.suppress(*FORWARD_ERRORS):
+            return _counted(traced, stubbed, _Sizes())
+        raise
+
+
+def _counted(traced: _Traced, stubbed: list[str], sizes: contextlib.AbstractContextManager[Any]) -> Count:
+    missed: set[str] = set()
+    with warnings.catch_warnings(), torch.no_grad(), _as_the_tracer_needs_it(), sizes:
         warnings.simplefilter("ignore")  # the tracer's remarks on the user's forward
         analysis = FlopCountAnalysis(traced, traced.tensors)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -35,6 +35,6 @@ def plain_names(model: nn.Module) -> dict[str, str]:
 def leave_wrapped_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     """Let gates act on the readers where a wrapper computes the affine of a norm at every forward."""
     for group in groups:
-        norms = [model.get_submodule(path) for path in group.norms]
-        if group.site == "norm" and any("weight" not in norm._parameters for norm in norms):
+        norms = [model.get_submodule(path) for path in group.norms] if group.site == "norm" else []
+        if any("weight" not in norm._parameters for norm in norms):
             group.site = "input"

@@ -100,11 +100,12 @@ def attach(model: nn.Module, groups: Sequence[ChannelGroup], gates: Mapping[str,
                 choice = model.get_submodule(member.path)
                 assert isinstance(choice, Choice)
                 choice.attach(gates[group.name])
-            if group.site != "input" and member.path in group.norms and member.side in ("both", "out"):
+            zeroing = group.site != "input" and member.path in group.norms and member.side in ("both", "out")
+            if member.bare and (zeroing or (member.reads and group.site in ("input", "both"))):
+                weights[member.path, member.dim or 0].append((member, gates[group.name]))
+            elif zeroing:
                 made_by = norms if member.side == "both" else outputs
                 made_by[member.path].append((member, gates[group.name]))
-            elif group.site in ("input", "both") and member.reads:
-                weights[member.path, member.dim or 0].append((member, gates[group.name]))
             elif group.site in ("input", "both") and _gated_ahead(model, member):
                 inputs[member.path].append((member, gates[group.name]))
             if member.axis is not None and masked_statistics(model.get_submodule(member.path)):

@@ -41,6 +41,9 @@ def attention(net: Net, x: Tensor, y: Tensor) -> Tensor:
 SUMS: dict[str, Use] = {
     "normalize": lambda net, x, y: net.c(F.normalize(x, dim=1) * net.gamma) + net.c(y),
     "normalize, affine": lambda net, x, y: net.c(F.normalize(x, dim=1) * net.gamma + net.beta) + net.c(y),
+    "normalize, plus one": lambda net, x, y: net.c(1 + F.normalize(x, dim=1)) + net.c(y),
+    "distance to a parameter": lambda net, x, y: net.one((x - net.beta).square().sum(1, keepdim=True)) + net.c(y),
+    "a parameter": lambda net, x, y: net.c(x * net.gamma / net.gamma.norm()) + net.c(y),
     "squares": lambda net, x, y: net.c(x * torch.rsqrt(x.pow(2).sum(1, keepdim=True) + 1e-6)) + net.c(y),
     "norm": lambda net, x, y: net.c(x) + net.one(y.norm(dim=1, keepdim=True)),
     "vector norm": lambda net, x, y: net.c(x) + net.one(torch.linalg.vector_norm(y, 1, 1, keepdim=True)),
@@ -94,13 +97,15 @@ def first(net: nn.Module) -> ChannelGroup:
 def test_where_their_gates_act() -> None:
     assert (first(Net(SUMS["squares"], True)).site, first(Net(SUMS["squares"], True)).norms[0]) == ("norm", "na")
     assert (first(Net(SUMS["squares"], False)).site, first(Net(SUMS["squares"], False)).norms[0]) == ("output", "a")
-    assert first(Net(SUMS["normalize, affine"], False)).site == "both"
+    assert first(Net(SUMS["normalize, plus one"], False)).site == "both"
+    far = first(Net(SUMS["distance to a parameter"], False))
+    assert (far.site, "beta" in far.norms, "gamma" in far.norms) == ("output", True, False)
     plain = nn.Sequential(nn.Conv2d(3, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 3))
     assert (first(plain).site, first(plain).norms) == ("input", ())  # no sum, no gate on an output
 
 
 def test_gates_on_outputs_are_taken_off_without_a_trace() -> None:
-    net = Net(SUMS["normalize, affine"], False)
+    net = Net(SUMS["distance to a parameter"], False)
     names, y = list(net.state_dict()), net(X)
     group = first(net)
     gate = ScaledSigmoidGate(group.channels)

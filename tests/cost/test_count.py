@@ -1,6 +1,7 @@
 """What fvcore counts, beside the formula by hand, and what it cannot count."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -166,8 +167,17 @@ class ByInts(nn.Conv2d):
         return super().forward(x) * places[tuple(x.shape[2:])]
 
 
-def test_sizes_are_ints_while_it_is_counted() -> None:
-    assert flops(ByInts(3, 4, 1), torch.randn(2, 3, 8, 8)) == 2 * 64 * 3 * 4
+class ByTensors(nn.Conv2d):
+    """A tracer is expected, in whose runs sizes are tensors (transformers' MobileViT)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[2] / 2
+        return super().forward(x) * float(torch.ceil(half) if torch.jit.is_tracing() else math.ceil(half))
+
+
+@pytest.mark.parametrize("kind", [ByInts, ByTensors])
+def test_sizes_are_what_a_forward_takes_while_it_is_counted(kind: type[nn.Conv2d]) -> None:
+    assert flops(kind(3, 4, 1), torch.randn(2, 3, 8, 8)) == 2 * 64 * 3 * 4
 
 
 class Custom(torch.autograd.Function):

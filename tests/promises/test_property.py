@@ -375,6 +375,15 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
         f"sizes as ints, {form}": (Program((C, op("insisting", form=form), LAST)), ["conv0.conv", "insisting1.layer"])
         for form in Insisting.FORMS
     },
+    **{
+        f"a recurrent convolution, {'new' if new else 'made'}": (
+            Program((C, op("cell", new=new), LAST)),
+            ["conv0.conv", "cell1.gates"],
+        )
+        for new in (False, True)
+    },
+    "distances to a table": (Program((C, op("codebook"), LAST)), FIRST),
+    "tokens that are gathered": (Program((C, op("tokens"), op("chosen"), op("linear"))), FIRST),
     "equalised convolutions": (
         Program((op("equalised"), op("act"), op("equalised", width=6), LAST)),
         ["equalised0.weight", "equalised2.weight", "conv3.conv"],

@@ -77,6 +77,64 @@ def insisting(x: Value, *, form: str = "int") -> Made:
     return Insisting(x.channels, CONV[x.dims](x.channels, x.channels, 1), form) if fits else None
 
 
+class Cell(nn.Module):
+    """A recurrent convolution, whose first state is zeros of a stored width."""
+
+    def __init__(self, channels: int, width: int, dims: int, new: bool) -> None:
+        super().__init__()
+        self.width, self.new, self.gates = width, new, CONV[dims](channels + width, 2 * width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        space = list(x.shape[2:])
+        size = [len(x), self.width, *space]
+        state = x.new_zeros(size) if self.new else torch.zeros(len(x), self.width, *space, dtype=x.dtype)
+        for _ in range(2):
+            update, value = torch.split(self.gates(torch.cat([x, state], 1)), self.width, 1)
+            state = state + torch.sigmoid(update) * torch.tanh(value)
+        return state
+
+
+@ingredient(width=WIDTHS, new=SOME)
+def cell(x: Value, *, width: int = 4, new: bool = False) -> Made:
+    return Cell(x.channels, width, x.dims, new) if x.dims else None
+
+
+class Codebook(nn.Module):
+    """Places take the mean of the rows of a table that are near (VQ-VAE, NetVLAD)."""
+
+    def __init__(self, channels: int, rows: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.movedim(1, -1)
+        flat = last.reshape(-1, x.shape[1])
+        far = (flat**2).sum(1, keepdim=True) + (self.table**2).sum(1) - 2 * flat @ self.table.t()
+        return ((-far).softmax(-1) @ self.table).view(last.shape).movedim(-1, 1)
+
+
+@ingredient(rows=st.sampled_from((3, 5)))
+def codebook(x: Value, *, rows: int = 3) -> Made:
+    return Codebook(x.channels, rows) if x.dims else None
+
+
+class Chosen(nn.Module):
+    """Some tokens, gathered by an index that is repeated for every channel (masked autoencoders)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).squeeze(-1).topk(2, dim=1).indices
+        return torch.gather(x, 1, best.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+
+
+@ingredient()
+def chosen(x: Value) -> Made:
+    return Chosen(x.channels) if x.kind == "tokens" and x.tensor.shape[1] > 2 else None
+
+
 class Equalised(nn.Module):
     """A convolution (or linear layer) without a module, its weight scaled at every forward (StyleGAN)."""
 

@@ -77,7 +77,10 @@ def _note_made(flow: Flow, func: Any, tensors: list[Tensor], plain: bool, out: A
             flow.written(tensors[0], plain)
     elif key in FACTORIES or tensors and rule_of(func) in FOLLOWING and all(map(flow.made.plain, tensors)):
         for tensor in flatten_tensors(out):
-            flow.made.mark(tensor)
+            flow.made.mark(tensor, flow.sizes.given if key in FACTORIES else ())
+    elif key == "aten::repeat":
+        ahead = out.dim() - tensors[0].dim()
+        flow.made.repeat(out, tuple(i for i in range(out.dim()) if i < ahead or tensors[0].shape[i - ahead] == 1))
 
 
 _KINDS = ("zeros", "ones", "full", "empty", "rand", "randn")

@@ -70,4 +70,4 @@ def like(flow: Flow, op: Operation) -> None:
         kept = [a for a in labels.arrays if all(op.out.shape[axis] == a.shape[axis] for axis in axes_of(a))]
         flow.put(op.out, kept, None)
     if flow.of(op.out) is None:
-        flow.made.mark(op.out)
+        flow.made.mark(op.out, flow.sizes.given)

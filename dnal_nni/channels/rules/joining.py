@@ -92,7 +92,8 @@ def _side_by_side(
             flow.freeze(labels, f"{op.name} of a tensor with several kinds of channels")
             labels = None
         shape = form(torch.empty(labels.shape if labels else tensor.shape, device="meta")).shape
-        pieces.append((shape, form(labels.arrays[0]) if labels else None, labels.site if labels else None))
+        array = form(labels.arrays[0]) if labels else flow.asked_for(tensor, axis) if op.name == "cat" else None
+        pieces.append((shape, array, labels.site if labels else None))
     shown = [array for _, array, _ in pieces if array is not None]
     if not shown:
         return

@@ -58,7 +58,9 @@ def matmul(flow: Flow, op: Operation) -> None:
         lbias = flow.of(bias)
         operands.append((bias.shape, lbias.arrays if lbias else ()))
     met = flow.meet(operands, what)
-    flow.put(op.out, met, None)
+    sites = [x.site for x, others in ((la, others_a), (lb, others_b)) if x is not None and others]
+    zeroed = bias is None and None not in sites  # rows of zeros, and columns
+    flow.put(op.out, met, frozenset().union(*(site for site in sites if site is not None)) if zeroed else None)
 
 
 Factor = tuple[Labels | None, list[Tensor], int]  # its labels, those that vary along the axis, and that axis

@@ -62,7 +62,7 @@ def along(flow: Flow, op: Operation) -> None:
 @rule("cholesky_inverse", "geqrf", "cholesky_solve", "ormqr", "linalg_cholesky_ex", "linalg_eig")
 @rule("linalg_householder_product", "linalg_inv_ex", "linalg_lstsq", "linalg_lu", "linalg_lu_factor_ex")
 @rule("linalg_lu_solve", "linalg_matrix_exp", "linalg_pinv", "linalg_qr", "linalg_solve_triangular", "_linalg_det")
-@rule("_linalg_eigh", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "triangular_solve")
+@rule("affine_grid_generator", "_linalg_eigh", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "triangular_solve")
 def mixing(flow: Flow, op: Operation) -> None:
     """Every element of the result depends on all that enters, or its size does."""
     for labels in op.labels:
