@@ -241,7 +241,7 @@ def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
     names = [g.name for g in groups]
     for group in groups:
         if names.count(group.name) > 1:
-            group.name = f"{group.name}[{_first_channel(group)}:]"
+            group.name = f"{group.name}[{':, ' * (_root(group).dim or 0)}{_first_channel(group)}:]"
     return groups
 
 
@@ -279,8 +279,12 @@ def groups_of(model: nn.Module, dummy_input: Any, graph: Graph = None) -> list[C
         raise DNALError(f"the graph of {type(model).__name__} cannot be read: {error}") from error
 
 
+def _root(group: ChannelGroup) -> Member:
+    return next(m for m in group.members if m.path == group.producers[0] and m.side != "in")
+
+
 def _first_channel(group: ChannelGroup) -> int:
-    return int(next(m for m in group.members if m.path == group.producers[0] and m.side != "in").channels.min())
+    return int(_root(group).channels.min())
 
 
 def _uncuttable(model: nn.Module, vertex: Vertex) -> str | None:

@@ -292,6 +292,8 @@ def test_a_thousand_random_networks(plain: bool) -> None:
 
 
 REGRESSIONS = [
+    # rows and columns of one parameter are groups of their own
+    Program((op("conv"), op("conv", norm="response"), op("codebook"))),
     # a norm of three channels that is called once more, on one
     Program((op("own_norm"), op("conv", width=1), op("again", which=1)), head="conv"),
     # a mask that fits the heads by luck was verified, others do not run
