@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train-subset", type=int, default=0, help="train on so many images only (0: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the forward passes")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="of the forward passes (default: the faster)")
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads (0: as torch chooses)")
     args = parser.parse_args()
     args.stages = args.stages.split(",")
@@ -72,6 +72,9 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--stages: unknown {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.precision is None:  # without AVX-512, bfloat16 is several times slower on a CPU
+        fast = args.device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+        args.precision = "bf16" if fast else "fp32"
     return args
 
 
