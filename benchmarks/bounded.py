@@ -1,7 +1,7 @@
 """Searches within a limit of memory: BoundedStrategy beside its controller alone, chance, and recomputation.
 
     python benchmarks/bounded.py run --root DIR --out benchmarks/results/bounded
-    python benchmarks/bounded.py real --root DIR --out benchmarks/results/bounded
+    python benchmarks/bounded.py resident --root DIR --out benchmarks/results/bounded
     python benchmarks/bounded.py report --out benchmarks/results/bounded
 
 `run` appends one JSON line for each search to OUT/runs.jsonl; a line that is there is not made again. `report`
@@ -23,10 +23,8 @@ What is found costs `--flops` MACs: DNAL's by its budget, the controller's by on
 blocks. It is trained from new weights on all images; accuracy is that of the last epoch on 10,000 test images. Peak:
 what the meter counted at most.
 
-`real` lets the kernel hold the limit: with 28 x 28 pixels and batches of 512, bounded and whole run in processes whose
-address space may grow by the limit and `ROOM` bytes, for libraries and what operations need while they run; one epoch
-each, to OUT/real.jsonl. The meter does not end
-whole there.
+`resident` asks the kernel: with 28 x 28 pixels and batches of 256, bounded and unlimited run in a process each, one
+epoch and two short rounds; by how much these grow during the search goes to OUT/resident.jsonl.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ import dataclasses
 import json
 import math
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,6 +51,7 @@ warnings.filterwarnings("ignore", module="(torch|pytorch_lightning|nni|fvcore).*
 import torch
 import torch.nn.functional as F
 from cells import entries, write
+from memory import peak_bytes
 from nas import LR, Job, network, renew, train
 from nni.nas.evaluator.pytorch import DataLoader, Lightning
 from provenance import provenance
@@ -77,7 +75,7 @@ from dnal_nni.search.subspace import Holdings, Subspace
 LENGTHS = {"bounded": 4, "controller": 16, "random": 8, "sequential": 2, "whole": 2, "unlimited": 3}
 ROWS = list(LENGTHS)
 ROUNDS: dict[str, int] = {"rounds": 4, "batches": 25, "paths": 32}
-ROOM = 400 * 2**20  # bytes
+SHORT: dict[str, int] = {"rounds": 2, "batches": 3, "paths": 8}
 
 
 class Alone(Restricting):
@@ -135,12 +133,12 @@ def searched(row: str, seed: int, data: Data, limit: int, args: argparse.Namespa
     torch.manual_seed(seed)
     own, budget = given(held_out(data, seed), args.lengths[row], seed, args.batch), Budget(flops=args.flops)
     if row == "bounded":
-        bounded = BoundedStrategy(DNALStrategy(budget), memory=limit, **ROUNDS)
+        bounded = BoundedStrategy(DNALStrategy(budget), memory=limit, **(ROUNDS if not args.resident else SHORT))
         bounded(Supernet(**FASHION), own)
         found = bounded.bound
         told = {"peak": found.peak, "predicted": found.predicted, "kept": found.kept}
         return bounded.slim_model, told | {"shrinking_seconds": round(found.seconds, 1)}
-    meter = Meter(None if row == "unlimited" or args.room is not None else limit)
+    meter = Meter(None if row == "unlimited" else limit)
     if row == "controller":
         subspace = Subspace(Space(Supernet(**FASHION), single_path=True).supernet)
         settings = {**ROUNDS, "rounds": args.lengths[row]}
@@ -171,20 +169,16 @@ def one(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     limit = int(args.limit * whole)
     told: dict[str, Any] = {"whole": whole, "limit": limit, "path": holdings.path(subspace.options)}
     del subspace, holdings
-    if args.room is not None:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        size = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmSize"))
-        resource.setrlimit(resource.RLIMIT_AS, (size + limit + args.room, resource.RLIM_INFINITY))
     start, wall = time.process_time(), time.perf_counter()
+    found: list[Any] = []
     try:
-        result, more = searched(row, seed, data, limit, args)
-    except (DNALError, RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        return told | {"died": str(error).splitlines()[0], "cpu_seconds": round(time.process_time() - start, 1)}
+        grown = peak_bytes(lambda: found.extend(searched(row, seed, data, limit, args)), "cpu")
+    except DNALError as error:
+        return told | {"died": str(error), "cpu_seconds": round(time.process_time() - start, 1)}
     told |= {"cpu_seconds": round(time.process_time() - start, 1), "seconds": round(time.perf_counter() - wall, 1)}
-    if args.room is not None:
-        return told | more
+    result, more = found
+    if args.resident:
+        return told | more | {"resident": grown}
     job = Job(row, seed, "fashion", str(args.root), args.images, args.flops, 0, args.retrain, 0, 0.0)
     model: nn.Module = network(job, result, data[0][:1]) if isinstance(result, dict) else result()
     if isinstance(result, dict):
@@ -218,12 +212,11 @@ def child(row: str, seed: int, args: argparse.Namespace, *options: str) -> dict[
     return result
 
 
-def real(args: argparse.Namespace) -> None:
+def resident(args: argparse.Namespace) -> None:
     lengths = json.dumps(dict.fromkeys(LENGTHS, 1))
-    for row in ("bounded", "whole"):
-        options = ["--batch", "512", "--room", str(ROOM), "--images", "2560", "--lengths", lengths]
-        result = child(row, 0, args, *options)
-        write(args.out / "real.jsonl", {"row": row, "room": ROOM, **result, **provenance("cpu", "torch", "nni")})
+    for row in ("bounded", "unlimited"):
+        result = child(row, 0, args, "--batch", "256", "--resident", "--images", "2816", "--lengths", lengths)
+        write(args.out / "resident.jsonl", {"row": row, **result, **provenance("cpu", "torch", "nni")})
         print(row, result, flush=True)
 
 
@@ -268,12 +261,12 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "real", "report", "one"), help="`one` is what `real` starts")
+    parser.add_argument("command", choices=("run", "resident", "report", "one"), help="`one` is what `resident` starts")
     parser.add_argument("--root", type=Path, default=Path("data"), help="directory of FashionMNIST/raw")
     parser.add_argument("--out", type=Path, default=Path("out/bounded"))
     parser.add_argument("--images", type=int, default=1920)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--room", type=int, help="of `one`: bytes that the process may grow by, beside the limit")
+    parser.add_argument("--resident", action="store_true", help="of `one`: the search alone, and how the process grows")
     parser.add_argument("--limit", type=float, default=0.4, help="of what a step of the whole supernet holds")
     parser.add_argument("--flops", type=float, default=8e4, help="MACs of what is found")
     parser.add_argument("--retrain", type=int, default=8, help="epochs of what was found")
@@ -286,7 +279,7 @@ def main() -> None:
     if args.command == "one":
         print(json.dumps(one(args.rows[0], args.seeds[0], args)))
     else:
-        {"run": run, "real": real, "report": report}[args.command](args)
+        {"run": run, "resident": resident, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":
