@@ -46,7 +46,7 @@ def kept_storages(model: nn.Module, forward: Callable[[], object], seen: Callabl
         if storage.data_ptr() not in own and storage.data_ptr() not in held:
             held[storage.data_ptr()] = storage
             seen(storage.data_ptr(), storage.nbytes())
-        return tensor
+        return tensor.detach()  # an operation that keeps what it returns would be kept by it in turn
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         graph = forward()

@@ -1,8 +1,11 @@
 """What a training holds, counted, and ended above a limit."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnal_nni.cost.memory import Meter, kept_storages, mib, state_bytes
 from dnal_nni.errors import DNALError
@@ -41,6 +44,28 @@ def test_a_graph_that_is_walked_in_part_is_let_go_of() -> None:
         loss.backward(inputs=[scale])
         del loss
     assert meter.held == 0
+
+
+class Marked(torch.autograd.Function):
+    """Nothing, with a mark that lives as long as the graph."""
+
+    marks: list[weakref.ref[nn.Module]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark = nn.Identity()
+        Marked.marks.append(weakref.ref(ctx.mark))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def test_a_graph_that_is_only_looked_at_is_let_go_of() -> None:
+    x = torch.randn(5, 8, requires_grad=True)
+    kept_storages(net(), lambda: torch.relu(Marked.apply(x)) * 2, lambda address, size: None)
+    assert [mark() for mark in Marked.marks] == [None]
 
 
 def test_gradients_are_what_they_are_without_it() -> None:
