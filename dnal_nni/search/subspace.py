@@ -291,7 +291,7 @@ class _Ledger:
         for tensor in _tensors(output):
             if _address(tensor) not in inputs:
                 self._outputs[_address(tensor)] = key
-                self._held.append(tensor)
+                self._held.append(tensor.detach())  # the graph refers to this ledger, which must not keep it
 
     def _seen(self, address: int, size: int) -> None:
         own = (key for key, inputs in reversed(self._running) if address not in inputs)

@@ -1,6 +1,8 @@
 """A supernet made small enough: what candidates hold, which are likely, which are dropped."""
 
 import dataclasses
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,33 @@ def test_what_is_left_holds_what_was_told_from_single_paths() -> None:
     subspace.drop("outer", "nested")
     assert [place.path for place in subspace.places] == ["a", "b"]
     assert net.a.names == net.b.names == ["k3", "skip"] and holdings.whole(subspace.options) < inside
+
+
+class Marking(nn.Module):
+    """Leaves a mark in the graph that lives as long as that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[weakref.ref[nn.Module]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        marks = self.marks
+
+        class Marked(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.mark = nn.Identity()
+                marks.append(weakref.ref(ctx.mark))
+                return x.clone()
+
+        return Marked.apply(x.requires_grad_())
+
+
+def test_measuring_keeps_no_graph() -> None:
+    net, mark = Net(), Marking()
+    subspace = Subspace(net)
+    subspace.measure(lambda: net(mark(X.clone())).sum())
+    assert len(mark.marks) >= 3 and not any(one() is not None for one in mark.marks)
 
 
 def test_a_path_is_the_largest_one_and_runs_alone() -> None:
