@@ -55,6 +55,7 @@ from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_fre
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
 GRAPH_RESULTS = RESULTS.with_name("zoo_graph.jsonl")
+BUDGET_RESULTS = RESULTS.with_name("budgets.jsonl")  # of budgets.py
 CRITERIA_RESULTS = RESULTS.with_name("zoo_criteria.jsonl")  # of zoo_criteria.py
 TABLE = ROOT / "docs" / "models.md"
 
@@ -481,7 +482,8 @@ def main() -> None:
     if args.worker:
         worker(lambda report: run_model(MODELS[args.worker], args.seconds, report, args.graph))
     elif args.table:
-        write_table(load(args.out or RESULTS), load(GRAPH_RESULTS), load(CRITERIA_RESULTS), TABLE)
+        ways = load(GRAPH_RESULTS), load(CRITERIA_RESULTS)
+        write_table(load(args.out or RESULTS), *ways, TABLE, load(BUDGET_RESULTS))
     else:
         options = ["--graph", args.graph] if args.graph else []
         out = args.out or (GRAPH_RESULTS if args.graph else RESULTS)

@@ -86,7 +86,18 @@ def criteria_summary(criteria: Records) -> str:
     )
 
 
-def write_table(records: Records, by_graph: Records, criteria: Records, path: Path) -> None:
+def budget_summary(budgets: Records) -> str:
+    """How many classifiers a search of ten steps brings to its budgets, and what is left of the others."""
+    missed = [row for row in budgets.values() if row["status"] != "hit"]
+    others = "; ".join(f"{row['model']}: {', '.join(map(str, row['left'].values()))}" for row in missed)
+    return (
+        f"`Budget(flops=0.5)` and `Budget(flops=0.3)`, after searches of ten steps, on {len(budgets)} classifiers of "
+        f"torchvision and timm: both are met within 1 % of the dense FLOPs on {len(budgets) - len(missed)}"
+        f"{f' ({others})' if others else ''}; `benchmarks/budgets.py`, commit {commits(budgets.values())}"
+    )
+
+
+def write_table(records: Records, by_graph: Records, criteria: Records, path: Path, budgets: Records | None = None) -> None:
     """The results as a page of the documentation.
 
     Args:
@@ -94,6 +105,7 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
         by_graph: of torch-pruning's.
         criteria: of `choose` and torch-pruning's own pruner.
         path: of the page.
+        budgets: of `budgets.py`.
     """
     rows = [records[name] for name in MODELS if name in records]
     lines = [
@@ -106,6 +118,7 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
         *(["", f"{graph_summary(records, by_graph)}."] if by_graph else []),
         *(["", f"{criteria_summary(criteria)}."] if criteria else []),
         *(["", f"{bar_summary(records, by_graph, criteria)}."] if by_graph and criteria else []),
+        *(["", f"{budget_summary(budgets)}."] if budgets else []),
         "",
         "Random weights, norms and scales moved away from their initial values. Groups: gated / all (the classifier is "
         "always left whole). FLOPs left: at a random 30 % cut of every gated group. Difference: the largest "

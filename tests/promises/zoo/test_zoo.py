@@ -162,8 +162,12 @@ def test_the_table_has_a_row_for_every_outcome(tmp_path: Path) -> None:
     far = {"resnet18": by_graph["resnet18"] | {"flops": {"left": 0.53}}}
     assert "On 0 of these" in (said := bar_summary(records, far, well)) and "(the others: resnet18)" in said
     path = tmp_path / "models.md"
-    zoo.write_table(records, by_graph, criteria, path)
+    hit = {"model": "resnet18", "status": "hit", "left": {"0.5": 0.5, "0.3": 0.3}, "commit": "c0ffee"}
+    missed = {"model": "vgg11", "status": "missed", "left": {"0.5": 0.5, "0.3": 0.4}}
+    budgets = {"resnet18": hit, "vgg11": hit | missed}
+    zoo.write_table(records, by_graph, criteria, path, budgets)
     text = path.read_text()
+    assert "both are met within 1 % of the dense FLOPs on 1 (vgg11: 0.5, 0.4)" in text
     line = "| resnet18 | 3x64x64 | 12/13 | 50% | 2e-15 | 0.10% | 1.0 | 52%, 1.0 s | 51% | timeout | model output 1 |"
     assert line in text
     assert "| resnet50 | 3x64x64 | - | - | - | - | - | - | - | - | timeout in groups |" in text
