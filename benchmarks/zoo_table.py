@@ -97,7 +97,9 @@ def budget_summary(budgets: Records) -> str:
     )
 
 
-def write_table(records: Records, by_graph: Records, criteria: Records, path: Path, budgets: Records | None = None) -> None:
+def write_table(
+    records: Records, by_graph: Records, criteria: Records, path: Path, budgets: Records | None = None
+) -> None:
     """The results as a page of the documentation.
 
     Args:
@@ -111,8 +113,8 @@ def write_table(records: Records, by_graph: Records, criteria: Records, path: Pa
     lines = [
         "# Models",
         "",
-        "Written by `python benchmarks/zoo.py --table` from `benchmarks/results/zoo.jsonl`, `zoo_graph.jsonl` and "
-        "`zoo_criteria.jsonl`; do not edit.",
+        "Written by `python benchmarks/zoo.py --table` from `benchmarks/results/zoo.jsonl`, `zoo_graph.jsonl`, "
+        "`zoo_criteria.jsonl` and `budgets.jsonl`; do not edit.",
         "",
         f"{summary(rows)}.",
         *(["", f"{graph_summary(records, by_graph)}."] if by_graph else []),

@@ -277,3 +277,37 @@ class Correlation(nn.Module):
         b = F.pad(b, (1, 1, 1, 1))
         costs = [(a * b[:, :, i : i + h, j : j + w]).sum(1, keepdim=True) for i in range(3) for j in range(3)]
         return self.head(torch.cat(costs, 1))
+
+
+@network(TOKENS)
+class RepeatedIndex(nn.Module):
+    """Tokens are gathered by an index that is repeated for every channel (MAE, EViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.score = nn.Linear(12, 16), nn.Linear(16, 1)
+        self.fc, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        ids = self.score(x).squeeze(-1).topk(3, dim=1).indices
+        x = torch.gather(x, dim=1, index=ids.unsqueeze(-1).repeat(1, 1, x.shape[2]))
+        return self.head(F.relu(self.fc(x)).mean(1))
+
+
+@network(torch.randn(2, 3, 8, 8), left="argmin runs over the channels")
+class VectorQuantizer(nn.Module):
+    """VQ-VAE: the rows of the codebook are compared, its columns go with the encoder's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embedding, self.dec = nn.Conv2d(3, 8, 3), nn.Embedding(12, 8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x).permute(0, 2, 3, 1).contiguous()
+        flat, codes = z.view(-1, z.shape[-1]), self.embedding.weight
+        d = torch.sum(flat**2, dim=1, keepdim=True) + torch.sum(codes**2, dim=1) - 2 * torch.matmul(flat, codes.t())
+        indices = torch.argmin(d, dim=1).unsqueeze(1)
+        chosen = torch.zeros(indices.shape[0], 12, dtype=x.dtype).scatter_(1, indices, 1)
+        q = torch.matmul(chosen, codes).view(z.shape)
+        return self.dec((z + (q - z).detach()).permute(0, 3, 1, 2).contiguous())

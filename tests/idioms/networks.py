@@ -159,3 +159,41 @@ class VAE(nn.Module):
         mu, log_var = self.mu(h), self.log_var(h)
         z = mu + torch.randn_like(mu) * torch.exp(0.5 * log_var) if self.training else mu
         return torch.sigmoid(self.dec(F.relu(self.fc(z)).view(-1, 16, 6, 6)))
+
+
+@network(torch.randn(2, 3, 3, 8, 8))
+class ConvLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_dim, self.enc = 8, nn.Conv2d(3, 6, 3, padding=1)
+        self.conv, self.out = nn.Conv2d(6 + 8, 4 * 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _, height, width = x.size()
+        h = torch.zeros(b, self.hidden_dim, height, width, device=x.device, dtype=x.dtype)
+        c = torch.zeros_like(h)
+        for i in range(t):
+            combined = torch.cat([self.enc(x[:, i]), h], dim=1)
+            cc_i, cc_f, cc_o, cc_g = torch.split(self.conv(combined), self.hidden_dim, dim=1)
+            c = torch.sigmoid(cc_f) * c + torch.sigmoid(cc_i) * torch.tanh(cc_g)
+            h = torch.sigmoid(cc_o) * torch.tanh(c)
+        return self.out(h)
+
+
+@network(torch.randn(2, 3, 3, 8, 8))
+class ConvGRU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.enc = 8, nn.Conv2d(3, 6, 3, padding=1)
+        self.gates, self.cand = nn.Conv2d(6 + 8, 2 * 8, 3, padding=1), nn.Conv2d(6 + 8, 8, 3, padding=1)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = None
+        for frame in x.unbind(1):
+            e = self.enc(frame)
+            if h is None:
+                h = e.new_zeros([e.size(0), self.hidden_size, *e.size()[2:]])
+            r, u = torch.sigmoid(self.gates(torch.cat([e, h], 1))).chunk(2, 1)
+            h = (1 - u) * h + u * torch.tanh(self.cand(torch.cat([e, r * h], 1)))
+        return self.out(h)
