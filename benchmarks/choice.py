@@ -67,7 +67,7 @@ class Bench:
     def normalised(self, pixels: Tensor) -> Tensor:
         scales = zip(self.train.mean, self.train.std)
         channels = [(pixels[..., i].float() - 255 * m) / (255 * s) for i, (m, s) in enumerate(scales)]
-        return torch.stack(channels * (3 // len(channels)), -1).permute(0, 3, 1, 2)
+        return torch.stack(channels * (3 // len(channels)), 1)
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(1000 * seed + epoch)

@@ -144,7 +144,8 @@ def evaluate(model: nn.Module, images: Images, args: argparse.Namespace) -> floa
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
     torch.manual_seed(args.seed)
-    return MODELS[args.model](classes, args.width).to(args.device).to(memory_format=torch.channels_last)
+    form = torch.channels_last if args.precision == "bf16" else torch.contiguous_format  # docs/howto.md has why
+    return MODELS[args.model](classes, args.width).to(args.device).to(memory_format=form)
 
 
 def epoch_seed(stage: str, epoch: int, args: argparse.Namespace) -> int:

@@ -45,9 +45,9 @@ def load_images(root: Path, train: bool, subset: int, download: bool) -> Images:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """uint8 [n, 32, 32, 3] -> float32 [n, 3, 32, 32] in channels_last memory order."""
+    """uint8 [n, 32, 32, 3] -> float32 [n, 3, 32, 32]."""
     mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def augmented(pixels: Tensor, generator: torch.Generator, margin: int = 4, flips: bool = True) -> Tensor:
