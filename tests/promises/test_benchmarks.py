@@ -91,5 +91,5 @@ def test_the_engine_runs_the_library_s_paper_search() -> None:
             rows = slice(number * BATCH, (number + 1) * BATCH)
             images = net.normalised(training.pixels[rows], data)
             search.step(F.cross_entropy(model(images), training.labels[rows]))
-            assert torch.allclose(search.score, scores.value, atol=1e-5)  # 2 % of their spread
+            assert torch.allclose(search.score, scores.value, atol=1e-6 if number < 2 else 1e-4), number
     assert float(search.score.std()) > 5e-4
