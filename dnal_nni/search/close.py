@@ -112,6 +112,8 @@ def exact_cut(objective: Objective, s: Tensor, floor: Sequence[int], target: flo
     keep = _filled(objective, s, keep, rest, limit)
     if abs(limit - spent(keep)) > CLOSE * limit:
         keep = _with_other_candidates(objective, s, keep, rest, limit)
+    if limit - spent(keep) > OVER * limit:
+        keep = _traded(objective, s, keep, rest, limit)
     if limit - spent(keep) > OVER * limit:  # below the floors, where the structure has nothing nearer above them
         least = [0 if choice else count for count, choice in zip(objective.limits.least, objective.choices)]
         every = [b for b in _blocks(objective, s, least) if not objective.choices[objective.group_of[b[0]]]]
@@ -143,13 +145,7 @@ def _with_other_candidates(
         return objective.relative(masks.double())[..., 0]
 
     def fitted(mask: Tensor) -> Tensor:
-        def without(count: int) -> Tensor:
-            trial = mask.clone()
-            trial[torch.cat([*rest[len(rest) - count :], torch.zeros(0, dtype=torch.int64)])] = False
-            return trial
-
-        count = bisect.bisect_left(range(len(rest)), True, key=lambda count: float(spent(without(count))) <= limit)
-        trial = without(count)
+        trial = _without_the_last(objective, mask, rest, limit)
         return trial if float(spent(trial)) >= limit * (1 - CLOSE) else _filled(objective, s, trial, rest, limit)
 
     best, full = keep, keep.clone()
@@ -172,6 +168,41 @@ def _with_other_candidates(
                 return best
         full = near[0]
     return best
+
+
+def _traded(objective: Objective, s: Tensor, keep: Tensor, rest: Sequence[Tensor], limit: float) -> Tensor:
+    """``keep`` with one block more, dearer than what the limit leaves, and so many less of other groups as it takes.
+
+    One unit of a residual stream may cost as much as hundreds of others. Of what comes as near as CLOSE the best sum of
+    scores wins, or else the smallest gap.
+    """
+    found = [(True, limit - float(objective.relative(keep.double())[0]), keep)]
+    for group in range(len(objective.sizes)):
+        more = [block for block in rest if int(objective.group_of[block[0]]) == group and not bool(keep[block[0]])]
+        if more:
+            grown = keep.clone()
+            grown[more[0]] = True
+            others = [block for block in rest if int(objective.group_of[block[0]]) != group]
+            trial = _without_the_last(objective, grown, others, limit)
+            gap = limit - float(objective.relative(trial.double())[0])
+            if gap >= 0:
+                close = gap <= CLOSE * limit
+                found.append((not close, -float(s[trial].sum()) if close else gap, trial))
+    return min(found, key=lambda one: one[:2])[2]
+
+
+def _without_the_last(objective: Objective, mask: Tensor, blocks: Sequence[Tensor], limit: float) -> Tensor:
+    """``mask`` without so many of the ``blocks``, the last ones first, that it costs no more than the limit."""
+
+    def without(count: int) -> Tensor:
+        trial = mask.clone()
+        trial[torch.cat([*blocks[len(blocks) - count :], torch.zeros(0, dtype=torch.int64)])] = False
+        return trial
+
+    def fits(count: int) -> bool:
+        return float(objective.relative(without(count).double())[0]) <= limit
+
+    return without(bisect.bisect_left(range(len(blocks)), True, key=fits))
 
 
 def _filled(objective: Objective, s: Tensor, keep: Tensor, blocks: Sequence[Tensor], limit: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALPruner, measure
 from dnal_nni.budget import Complexity
+from dnal_nni.plan import Plan
 from dnal_nni.search.close import exact_cut, measured_cut
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -154,3 +155,32 @@ def test_the_defaults_hold_for_short_and_long_searches(
     assert measure(slim, x).flops / measure(wide, x).flops == pytest.approx(0.35, rel=0.01)
     # no layer collapses: with all groups at their floors the network costs 80 % of the budget
     assert all(g.kept >= 0.2 * g.units for g in pruner.report.groups)
+
+
+class Narrow(nn.Module):
+    """A stream of four units, each of which costs a quarter of the network, beside many cheap units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_one_dear_unit_changes_places_with_many_cheap_ones() -> None:
+    plan = Plan.of(Narrow(), torch.randn(2, 6), budget=Budget(flops=0.6))
+    assert plan.objective is not None and sorted(plan.sizes) == [4, 64, 64, 64]
+    # the stream is worth least: three of its units cost too much, and two are far below the budget
+    score = torch.cat([torch.full((size,), -1.0 if size == 4 else 1.0) for size in plan.sizes]).double()
+    score += 1e-3 * torch.arange(len(score))
+    keep = exact_cut(plan.objective, score, [1] * 4)
+    assert 0.594 <= float(plan.objective.relative(keep.double())[0]) <= 0.6
+    kept = dict(zip((group.name for group in plan.active), keep.split(plan.sizes)))
+    assert int(kept["stem"].sum()) == 3
+    worst = [part.nonzero().flatten()[0] for name, part in kept.items() if name != "stem"]  # of each the first ones go
+    assert all(bool(part[first:].all()) for part, first in zip((p for n, p in kept.items() if n != "stem"), worst))
