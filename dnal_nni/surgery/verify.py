@@ -23,6 +23,8 @@ from .precise import in_dtype
 from .sizes import numel, other_sizes
 from .slim import Keep, slim_twin
 
+SECONDS = 60.0  # limit of all comparisons, where none is given
+STEPS = 40  # comparisons that there is time for then in any case
 
 def whole_outputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[str]:
     """Layers that keep all their output channels: what they compute must stay the same."""
@@ -105,10 +107,6 @@ def verify_and_freeze(
     return _Verification(model, groups, dummy_input, seconds).run()
 
 
-SECONDS = 60.0  # limit of all comparisons, where none is given
-STEPS = 40  # comparisons that there is time for in any case
-
-
 class _TimeUp(BaseException):
     """Not an Exception: a forward may catch those."""
 
@@ -176,7 +174,7 @@ class _Verification:
                     break
                 if self._takes(failure.steps[-1].inputs):
                     if self.patient:
-                        step = (time.monotonic() - self.start) / self.steps
+                        step = (time.monotonic() - self.start) / max(1, self.steps)
                         self.patient, self.seconds = False, max(SECONDS, STEPS * step)
                         self.deadline = self.start + self.seconds
                     self._isolate(active, failure)
@@ -230,7 +228,7 @@ class _Verification:
         random = random_keep(active, None, self.trials)
         inputs = self.inputs
         steps = [_Step(x, mode) for x in inputs for mode in ("eval", "train")]
-        if len(inputs) == 1 and any(True for _ in self.form.buffers()):
+        if len(inputs) == 1 and next(self.form.buffers(), None) is not None:
             steps.append(_Step(inputs[0], "eval"))  # with the statistics that training has left
         failure = self._compare(active, random, steps)
         if failure is None and self.comparison is not None and not responds(self.comparison.expected):

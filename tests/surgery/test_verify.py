@@ -137,6 +137,21 @@ def test_by_default_there_is_time_for_a_slow_model(clock: list[float], bad: Sequ
     assert list(whole(groups)) == [f"convs.{i}" for i in bad]
 
 
+def test_a_trial_that_fails_ahead_of_its_first_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = slim_twin, iter(range(100))
+
+    def once(*args: Any) -> nn.Module:
+        if next(calls) == 0:
+            raise RuntimeError("cannot be cut yet")
+        return made(*args)
+
+    monkeypatch.setattr(verify, "slim_twin", once)
+    net = Stack(4)
+    groups = find_groups(net, X)
+    verify_and_freeze(net, groups, X)
+    assert set(whole(groups).values()) == {"the model does not run without some of its channels (cannot be cut yet)"}
+
+
 def test_what_passed_together_is_kept_when_time_is_up(clock: list[float]) -> None:
     def tick() -> None:
         clock[0] += 1 / 16  # a pass takes a second
