@@ -67,7 +67,7 @@ def test_digits_from_a_loader_and_a_loss() -> None:
 
 def trained_on_digits(epochs: int) -> tuple[nn.Module, Tensor, Tensor, Batches]:
     """A network, all images and labels, and the batches of the first 1,500 that it was trained on."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
     batches = list(zip(images[:1500].split(50), labels[:1500].split(50)))
@@ -110,7 +110,7 @@ def test_without_a_search_what_goes_is_chosen_and_the_rest_repaired() -> None:
     slim, report = compress(model, batches, budget=HALF, validate=held_out, epochs=0, progress=False)
     assert same(state(model), before) and report.decided is None and "search" not in report.interventions.changed
     dense, left = report.accuracy
-    assert dense > 80 and left > dense - 20  # a cut as it is leaves next to nothing
+    assert dense > 80 and left > dense - 10  # a cut as it is leaves next to nothing
     assert report.after.flops == measure(slim, images[:1]).flops <= 0.509 * report.before.flops
     again, _ = compress(model, batches, budget=HALF, epochs=0, progress=False)
     assert same(state(slim), state(again))

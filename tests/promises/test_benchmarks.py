@@ -14,7 +14,7 @@ cuts = pytest.importorskip("cuts")
 STEPS, BATCH, LR = 30, 16, 0.05
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def convolutions_that_do_not_crash() -> Iterator[None]:
     """Without AVX-512, oneDNN's backward pass of strided 1x1 convolutions of few channels crashes (docs/howto.md)."""
     with warnings.catch_warnings():
@@ -29,6 +29,7 @@ def random_data() -> "peers.Data":
     return peers.Data(pixels, torch.randint(0, 10, (10 * BATCH,), generator=generator), (0.5,) * 3, (0.25,) * 3, True)
 
 
+@pytest.mark.usefixtures("convolutions_that_do_not_crash")
 def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> None:
     job = peers.Job("", "resnet20", 0.25, 0.5, "dnal", 0)
     data = random_data()
@@ -76,7 +77,7 @@ def test_the_engine_runs_the_library_s_search_and_trains_the_cut_network() -> No
 
 def test_the_engine_runs_the_library_s_paper_search() -> None:
     """Its first steps; then gates are steep, rounding decides, and both go their own ways."""
-    job = peers.Job("", "resnet20", 0.25, 0.5, "dnal_paper", 0)
+    job = peers.Job("", "resnet20", 0.5, 0.5, "dnal_paper", 0)  # not as few channels as there
     data = random_data()
     net = peers.Net(peers.gated(peers.network(job), job.budget), "cpu", "fp32")
     weights = dict(peers.network(job).to(memory_format=torch.channels_last).state_dict())
@@ -91,5 +92,5 @@ def test_the_engine_runs_the_library_s_paper_search() -> None:
             rows = slice(number * BATCH, (number + 1) * BATCH)
             images = net.normalised(training.pixels[rows], data)
             search.step(F.cross_entropy(model(images), training.labels[rows]))
-            assert torch.allclose(search.score, scores.value, atol=1e-6 if number < 2 else 1e-4), number
+            assert torch.allclose(search.score, scores.value, atol=1e-6)
     assert float(search.score.std()) > 5e-4
