@@ -298,7 +298,8 @@ def compress(
         exclude: layers that keep all their outputs, with everything in them: names, or the modules themselves.
         channel_multiple: channels are kept in multiples of this number, or whole; of several, of the first that has a
             structure of the budget. None: 1; on a GPU, and for a budget of latency, (8, 4, 2, 1).
-        verify_seconds: time limit for proving what can be cut; what is not compared by then stays whole.
+        verify_seconds: time limit for proving what can be cut; what is not compared by then stays whole. None: 60, or
+            what 40 forward passes of the gated and the cut form take.
         dummy_input: what FLOPs are counted for; None: the first input of the data.
         checkpoint: a file, usually ``*.safetensors``, that is written after every epoch and goes at the end: after an
             interruption the same call goes on from it, and ends as it would have. The random numbers that are put back

@@ -126,7 +126,7 @@ def inspect(
         model: any module; it is not changed.
         dummy_input: a tensor, or a tuple of them.
         target: what to call the model.
-        verify_seconds: time limit of the verification; groups not compared by then are left whole.
+        verify_seconds: time limit of the verification, as for :class:`~dnal_nni.DNALPruner`.
         graph: where the groups come from: as for :class:`~dnal_nni.DNALPruner`.
 
     Raises:

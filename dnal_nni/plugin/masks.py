@@ -70,7 +70,8 @@ def speedup(
             "intersection": what any layer closes.
         recalibrate: batches (the input, or a tuple or list that starts with it) on which the statistics of the result's
             batch norms are estimated anew; None: they stay.
-        verify_seconds: time limit for finding groups that cannot be cut exactly, which stay whole.
+        verify_seconds: time limit for finding groups that cannot be cut exactly, which stay whole; as for
+            :class:`~dnal_nni.DNALPruner`.
         graph: where the coupled channels come from: as for :class:`~dnal_nni.DNALPruner`.
 
     Returns:

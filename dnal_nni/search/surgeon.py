@@ -129,7 +129,7 @@ class _Reader:
         self.inverse = factors.inverse[columns][:, columns]  # of H; removals change this part by itself
         weight = weight[:, columns]
         minded = (factors.outer / examples @ weight.flatten(1)).view_as(weight)
-        self.weights = torch.einsum("oik,ojk->ij", weight, minded)  # W^T A W, of what is left
+        self.gram = torch.einsum("oik,ojk->ij", weight, minded)  # W^T A W, of what is left
         counts = units.bincount()
         self.blocks = []  # units with as many columns: int64 [m] and [m, columns of each]
         for count in counts[counts > 0].unique().tolist():
@@ -138,10 +138,10 @@ class _Reader:
 
     def costs(self, units: int) -> Tensor:
         """What the loss rises by if one unit goes, of those that are left: float64 ``[units]``."""
-        found = torch.zeros(units, dtype=torch.float64, device=self.weights.device)
+        found = torch.zeros(units, dtype=torch.float64, device=self.gram.device)
         for members, columns in self.blocks:
             at = columns.unsqueeze(2), columns.unsqueeze(1)
-            inner, own = self.inverse[at], self.weights[at]  # [members, columns of each, columns of each]
+            inner, own = self.inverse[at], self.gram[at]  # [members, columns of each, columns of each]
             costs = own / inner if columns.shape[1] == 1 else torch.linalg.solve(inner, own)
             found[members] = 0.5 * costs.diagonal(0, 1, 2).sum(1)
         return found
@@ -152,12 +152,12 @@ class _Reader:
         if not len(gone):
             return 0.0
         kept = torch.ones(len(self.inverse), dtype=torch.bool, device=gone.device).index_fill(0, gone, False)
-        rows, weights = self.inverse[gone], self.weights[gone]
-        own = weights[:, gone]
+        rows, gram = self.inverse[gone], self.gram[gone]
+        own = gram[:, gone]
         found = torch.linalg.solve(rows[:, gone], torch.cat([rows[:, kept], own], 1))
         back, costs = found.split([found.shape[1] - len(gone), len(gone)], 1)
-        change = back.T @ (weights[:, kept] - 0.5 * own @ back)
-        self.weights = self.weights[kept][:, kept] - change - change.T
+        change = back.T @ (gram[:, kept] - 0.5 * own @ back)
+        self.gram = self.gram[kept][:, kept] - change - change.T
         self.inverse = self.inverse[kept][:, kept] - rows[:, kept].T @ back
         place = kept.cumsum(0) - 1
         for i, (units, columns) in enumerate(self.blocks):
@@ -171,7 +171,7 @@ def _as_they_go(readers: Sequence[_Reader], units: int) -> Tensor:
 
     The last one, which always stays, has what the one ahead of it has.
     """
-    device = readers[0].weights.device
+    device = readers[0].gram.device
     left = torch.ones(units, dtype=torch.bool, device=device)
     found, so_far = torch.zeros(units, dtype=torch.float64), 0.0
     while (count := int(left.sum())) > 1:
