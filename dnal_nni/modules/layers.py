@@ -31,6 +31,9 @@ Norm: Any = (
 )
 
 
+_AT_ONCE = 64  # channels that are copied: what lies between two cuts then stays in the cache
+
+
 def cut_tensor(module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None:
     """Keep some entries of a parameter or buffer, in place: bool by dimension. None stays None."""
     old = module._parameters[name] if name in module._parameters else getattr(module, name, None)
@@ -38,13 +41,13 @@ def cut_tensor(module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None
     if old is None or not keep:
         return
     left = {dim: mask.nonzero().flatten().to(old.device) for dim, mask in keep.items()}
-    if len(left) == 1:
-        ((dim, index),) = left.items()
-        new = old.detach().index_select(dim, index)
-    else:  # all at once: large tensors between would take longer than all the rest
-        every = [torch.arange(size, device=old.device) for size in old.shape[: max(left) + 1]]
-        lines = [left.get(dim, line) for dim, line in enumerate(every)]
-        new = old.detach()[torch.meshgrid(*lines, indexing="ij")]
+    first, *others = left
+    new = old.new_empty([len(left[dim]) if dim in left else size for dim, size in enumerate(old.shape)])
+    for index, place in zip(left[first].split(_AT_ONCE), new.split(_AT_ONCE, first)):
+        part = old.detach().index_select(first, index)
+        for dim in others:
+            part = part.index_select(dim, left[dim])
+        place.copy_(part)
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):

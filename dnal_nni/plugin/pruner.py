@@ -143,8 +143,10 @@ class DNALPruner(_OwnSchedule):
             raise DNALError(f"NNI refuses the config_list: {str(error) or type(error).__name__}") from error
         self.budget, self.preset, self.lambda_, self.verify_seconds = budget, preset, lambda_, verify_seconds
         self.arch_lr, self.channel_multiple = arch_lr, channel_multiple
-        # NNI's own wrappers of our layers only hold masks and are never put on the model, by nobody
+        # NNI's own wrappers of our layers are never put on the model, and hold two tensors as large as every weight
         self._module_wrappers = self._inherited = dict(existed_wrappers or {})
+        self._masked = {path: tuple(spaces) for path, spaces in self._target_spaces.items()}
+        self._target_spaces.clear()
         self._is_wrapped = False
         self._session: Session | None = None
         if dummy_input is None and evaluator is not None:
@@ -292,10 +294,9 @@ class DNALPruner(_OwnSchedule):
 
     def get_masks(self) -> dict[str, dict[str, Tensor]]:
         """NNI masks of the selected layers, as they were left by :meth:`harden`; ones before that."""
-        return {
-            path: {name: space.mask.clone() for name, space in spaces.items() if space.mask is not None}
-            for path, spaces in self._target_spaces.items()
-        }
+        session = self._session
+        groups, keep = ([], {}) if session is None else (session.plan.active, session.keep or {})
+        return layer_masks(self.bound_model, groups, keep, self._masked)
 
     def update_masks(self, masks: Masks, conflicts: Conflicts = "vote") -> None:
         """Fix the gates to what NNI masks say; ``conflicts`` as in :func:`~dnal_nni.plugin.masks.speedup`."""
@@ -327,12 +328,8 @@ class DNALPruner(_OwnSchedule):
             NNI masks ``{layer: {"weight": mask, "bias": mask}}`` of the selected layers.
         """
         with without_wrappers(self.bound_model):
-            chosen = self.session.harden(keep)
-        masks = layer_masks(self.bound_model, self.plan.active, chosen, self._target_spaces)
-        for path, targets in masks.items():
-            for name, mask in targets.items():
-                self._target_spaces[path][name].mask = mask
-        return masks
+            self.session.harden(keep)
+        return self.get_masks()
 
     @checked
     def speedup(self) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -237,22 +238,43 @@ def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str, dr
         if path in modules  # not in a candidate that is gone; in the gated network that one does not run
     ]
     try:
-        while True:
-            without = mode in draws or next(model.parameters()).is_cuda
-            watched.clear()
-            before = _buffers(model) if mode == "train" and not without else []
-            with seeded(model), torch.no_grad(), WithoutChance() if without else nullcontext():
-                state = torch.get_rng_state()
+        if mode not in draws and not next(model.parameters()).is_cuda:
+            before = _buffers(model) if mode == "train" else []
+            try:
+                with seeded(model), torch.no_grad(), _no_draws():
+                    returned = list(flatten_tensors(call(model, inputs)))
+            except _Drawn:
+                draws.add(mode)
+                watched.clear()
+                _put_back(before)
+        if mode in draws or next(model.parameters()).is_cuda:
+            with seeded(model), torch.no_grad(), WithoutChance():
                 returned = list(flatten_tensors(call(model, inputs)))
-                drawn = not torch.equal(state, torch.get_rng_state())
-            if without or not drawn:
-                break
-            draws.add(mode)
-            _put_back(before)
     finally:
         for handle in handles:
             handle.remove()
     return returned, list(flatten_tensors(watched))
+
+
+class _Drawn(BaseException):
+    """Not an Exception: a forward may catch those."""
+
+
+@contextmanager
+def _no_draws() -> Iterator[None]:
+    """Raise as soon as a module has drawn a number: what follows would be run again."""
+    state, thread = torch.get_rng_state(), threading.get_ident()
+
+    def look(*_: Any) -> None:
+        if threading.get_ident() == thread and not torch.equal(state, torch.get_rng_state()):
+            raise _Drawn
+
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield
+        look()
+    finally:
+        handle.remove()
 
 
 def responds(found: Outputs) -> bool:

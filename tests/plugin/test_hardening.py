@@ -1,6 +1,7 @@
 """What goes wrong outside: whatever it is, the error is a DNALError or the user's own, and nothing is lost."""
 
 import copy
+import gc
 import subprocess
 import sys
 import threading
@@ -320,3 +321,19 @@ pruner.report.to_html()
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_held_that_is_as_large_as_the_weights(small: nn.Module, x: Tensor) -> None:
+    """NNI's wrappers hold a mask and a copy of each."""
+    model = nn.Sequential(small, nn.Linear(small(x).shape[1], 2000), nn.ReLU(), nn.Linear(2000, 500))
+
+    def held() -> int:
+        gc.collect()
+        storages = {t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor)}
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    weights, before = sum(4 * p.numel() for p in model.parameters()), held()
+    pruner = DNALPruner(model, [{"op_types": ["Linear"]}], dummy_input=x)
+    pruner.harden({name: torch.arange(len(gate.s)) % 2 == 0 for name, gate in pruner.gates.items()})
+    assert held() - before < 0.1 * weights
+    assert pruner.get_masks()["1"]["weight"].mean() == 0.5

@@ -16,7 +16,7 @@ from dnal_nni import DNALPruner
 from dnal_nni.channels.groups import ChannelGroup, find_groups
 from dnal_nni.search.settings import Setting, limits
 from dnal_nni.surgery import verify
-from dnal_nni.surgery.compare import Comparison
+from dnal_nni.surgery.compare import Comparison, outputs
 from dnal_nni.surgery.precise import in_dtype
 from dnal_nni.surgery.slim import slim_copy, slim_twin
 from dnal_nni.surgery.verify import hard_gated_copy, random_keep, verify_and_freeze
@@ -279,3 +279,23 @@ def test_a_twin_shares_what_loses_nothing_and_a_copy_shares_nothing() -> None:
     slim = slim_copy(net, groups, keep)
     assert not any(p.data_ptr() in pointers for p in slim.parameters())
     assert torch.equal(slim.head.weight, net.head.weight)
+
+
+def test_what_a_forward_draws_is_found_out_as_it_is_drawn() -> None:
+    """Not at the end of a pass that has then to be run again."""
+    dropped = nn.Sequential(nn.Conv2d(3, 8, 1), DropPath(), Counted(), nn.BatchNorm2d(8), Counted()).double()
+    once = outputs(dropped, X.double(), (), "train")
+    assert passes["counted"] == 2
+    assert dropped[3].num_batches_tracked == 1  # not of the pass that was broken off
+    torch.testing.assert_close(once[0][0], F.batch_norm(dropped[0](X.double()), None, None, training=True))
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.5, dtype=x.dtype)) if self.training else x
+
+
+class Counted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        passes["counted"] += 1
+        return x
