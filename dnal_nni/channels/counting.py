@@ -52,10 +52,10 @@ class Counting(TorchFunctionMode):
         numbers = list(tensor.shape)
         for array in labels.arrays:
             axes = axes_of(array)
-            if len(axes) == 1:
-                size = Size(array.reshape(-1), self.call(), self.flow.sizes)
-                number = Count.of(numbers[axes[0]], [size], plain=True)
-                numbers[axes[0]] = int(number) if self.plain else number
+            sources = [Size(array.reshape(-1), self.call(), self.flow.sizes)] if len(axes) == 1 else []
+            for axis in axes:  # heads and their channels are of no attribute either
+                number = Count.of(numbers[axis], sources, plain=bool(sources))
+                numbers[axis] = int(number) if self.plain else number
         return torch.Size(numbers) if dim is None else numbers[dim]
 
 

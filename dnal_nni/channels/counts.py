@@ -85,7 +85,10 @@ Source = Attribute | Size
 
 
 class Count(int):
-    """A number and its sources; ``plain`` where it is the number of its only source, and not computed from it."""
+    """A number and its sources; ``plain`` where it is the number of its only source, and not computed from it.
+
+    One without sources is of a tensor whose channels lie along several axes.
+    """
 
     sources: tuple[Source, ...]
     plain: bool
@@ -265,6 +268,8 @@ class Sizes:
             for source, start, end in runs(count, place, shape):
                 if any(start <= axis < end for axis in varying):
                     self._counts(source, array, shape, start, end)
+            if place in varying and not count.plain:
+                self._repeated(count, array, place)
         if not places:
             self.note(numbers, array, shape)
             for axis in varying:
@@ -273,6 +278,15 @@ class Sizes:
             for entering in before if computed else ():  # and often of the size of the axis that is split
                 for axis in (i for i, n in enumerate(entering.shape) if n > 1):
                     self.stored.append(StoredSize(self._frame()[0], (old[axis],), None, entering, axis))
+
+    def _repeated(self, count: Count, array: Tensor, place: int) -> None:
+        """A source counts channels that lie on an axis several times over: of ``batch * heads`` rows each has heads."""
+        for source in (s for s in count.sources if array.shape[place] % s.number == 0):
+            times = array.unflatten(place, (-1, source.number))
+            once = times.select(place, 0)
+            every = bool((times == once.unsqueeze(place)).all())
+            if every and once.unique().numel() == once.numel() and 1 < source.number < array.shape[place]:
+                self._counts(source, once, once.shape, place, place + 1)
 
     def _places(self, shape: Sequence[int]) -> Iterator[tuple[int, Count]]:
         """The places in a shape for which the forward gave numbers of known sources."""

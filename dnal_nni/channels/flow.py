@@ -25,6 +25,7 @@ from .parts import Parts
 from .uses import Uses
 
 Arrays = tuple[Tensor, ...]
+_HOW_MANY = ("size", "repeats", "split_size", "split_sizes", "start", "end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,14 +222,24 @@ class Flow:
             if mixed and set(axes_of(array)) <= set(axes):
                 (self.uses.hold if if_used else self.graph.freeze)(array, self.why(what))
                 continue
-            if mixed:
-                first = array
-                for axis in mixed:
-                    first = first.narrow(axis, 0, 1)
-                self.couple(first, array, what)
-                array = first
-            left.append(array)
+            left.append(self._sliced(array, mixed, what) if mixed else array)
         return tuple(left)
+
+    def _sliced(self, array: Tensor, axes: Sequence[int], what: str) -> Tensor:
+        """The channels of an array, coupled along these axes: slices along the others can go as a whole."""
+        first = array
+        for axis in axes:
+            first = first.narrow(axis, 0, 1)
+        self.couple(first, array, what)
+        return first
+
+    def _pair(self, a: Tensor, b: Tensor, what: str) -> None:
+        """Couple two arrays; of a bare tensor that is broadcast along some axes of the other, see the graph."""
+        for array, bare in ((a, b), (b, a)):
+            if set(axes_of(bare)) < set(axes_of(array)) and self.graph.all_bare(bare):
+                self.graph.broadcast(bare, array, self.why(what))
+                return
+        self.couple(a, b, what)
 
     def meet(self, operands: Sequence[tuple[Sequence[int], Arrays]], what: str) -> list[Tensor]:
         """Arrays of the broadcast result of tensors, given as (shape, arrays): what meets is coupled.
@@ -240,26 +251,30 @@ class Flow:
         aligned = [
             [array.reshape((1,) * (rank - array.dim()) + array.shape) for array in arrays] for _, arrays in operands
         ]
-        result: list[Tensor] = []
+        result: list[tuple[int, Tensor]] = []  # with the number of the operand
         for i, arrays in enumerate(aligned):
             for array in arrays:
                 axes = axes_of(array)
                 alive = True
                 for j, others in enumerate(aligned):
-                    if i == j or all(sizes[j][axis] == 1 for axis in axes):
+                    fixed = [axis for axis in axes if sizes[j][axis] != 1]
+                    if i == j or not fixed:
                         continue
                     partners = [other for other in others if set(axes_of(other)) & set(axes)]
-                    if not partners:
+                    if not partners and len(fixed) == len(axes):
                         self.graph.freeze(array, self.why(what))
                         alive = False
                         break
-                    if j > i:
-                        for partner in partners:
-                            self.couple(array, partner, what)
+                    if not partners:  # it is the same along the other axes, of which whole slices can go
+                        array = self._sliced(array, fixed, what)
+                        axes = axes_of(array)
+                    for partner in partners if j > i else ():
+                        self._pair(array, partner, what)
                 # of coupled arrays the one with most axes stays: it still names every channel
-                if alive and not any(set(axes) <= set(axes_of(kept)) for kept in result):
-                    result = [kept for kept in result if not set(axes_of(kept)) <= set(axes)] + [array]
-        return result
+                if alive and not any(set(axes) <= set(axes_of(kept)) for j, kept in result if j != i):
+                    result = [(j, kept) for j, kept in result if j == i or not set(axes_of(kept)) <= set(axes)]
+                    result.append((i, array))
+        return [array for _, array in result]
 
     def note_sizes(self, numbers: Iterable[Any], array: Tensor, shape: Sequence[int]) -> None:
         """Numbers among the arguments of an operation may count labelled positions of ``array``; see :class:`Sizes`."""
@@ -310,8 +325,8 @@ class Operation:
 
     @property
     def numbers(self) -> list[Any]:
-        """Everything among the arguments that is no list: numbers that may count channels are among it."""
-        return _flatten([self.args, list(self.kwargs.values())])
+        """The arguments that say how many, and may count channels: sizes, repeats, ends of slices; axes do not."""
+        return _flatten([self.argument(name) for name in _HOW_MANY])
 
     def gives_zero(self, where: set[int]) -> bool:
         """A test by evaluation: is the result 0 where these operands (numbers of its tensors) are 0?

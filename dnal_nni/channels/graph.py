@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -66,7 +67,8 @@ class CouplingGraph:
         self.total = 0
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
         self._frozen: list[tuple[np.ndarray, str] | None] = []
-        self._rectangles: list[tuple[np.ndarray, int | None]] = []
+        self._rectangles: list[tuple[np.ndarray, tuple[int, ...]]] = []
+        self._broadcasts: list[tuple[Tensor, Tensor, str]] = []
         self.sites: dict[VertexKey, Site] = {}
         """For every reader of channels: what zeroes them there, of all ways there; None where nothing does on one."""
         self._sums: list[tuple[np.ndarray, Site]] = []
@@ -112,16 +114,34 @@ class CouplingGraph:
         for number in numbers:
             self._frozen[number] = None
 
-    def require_rectangle(self, ids: Tensor, axis: int | None = None) -> None:
+    def require_rectangle(self, ids: Tensor, axis: int | Sequence[int] | None = None) -> None:
         """``ids`` lie in a tensor with several axes: what is removed must be whole slices along one of them.
 
         Args:
             ids: channel ids, with an axis for each axis of the tensor.
-            axis: the axis that may lose slices; None: the longest one that is not settled by other couplings.
+            axis: the axis that may lose slices; of several, and of all for None, the longest one that is not settled by
+                other couplings.
         """
         if bool((ids < 0).any()):
             self.freeze(ids, "its channels lie among fixed ones in a tensor of several axes")
-        self._rectangles.append((ids.numpy(), axis))
+        axes = range(ids.dim()) if axis is None else [axis] if isinstance(axis, int) else axis
+        self._rectangles.append((ids.numpy(), tuple(i for i in axes if ids.shape[i] > 1) or (axes[0],)))
+
+    def all_bare(self, ids: Tensor) -> bool:
+        """Whether these channels are of parameters and buffers only, and no such parameter makes them itself."""
+        left = int((ids >= 0).sum())
+        for vertex in self.vertices.values():
+            if vertex.dim is not None and vertex.key not in self.producers:
+                left -= int(((ids >= vertex.offset) & (ids < vertex.offset + vertex.size)).sum())
+        return left == 0
+
+    def broadcast(self, bare: Tensor, ids: Tensor, why: str) -> None:
+        """Channels ``bare``, of a bare tensor, meet ``ids``, which vary along further axes.
+
+        They go with those, slice by slice, if these slices can go; they stay if other couplings leave slices along the
+        further axes alone: a table of rotary positions meets every head.
+        """
+        self._broadcasts.append((bare, ids, why))
 
     def add_up(self, ids: Tensor, site: Site) -> None:
         """These channels are added up where ``site`` zeroes them: without those that are zero, the sum is the same."""
@@ -144,10 +164,26 @@ class CouplingGraph:
         """The unit of every channel, int ``[total]``."""
         while True:
             labels = self._components()
-            pending = [edge for ids, axis in self._rectangles if (edge := _straighten(ids, labels, axis)) is not None]
+            pending = [straight for ids, axes in self._rectangles if (straight := _straighten(ids, labels, axes))]
+            surest = max((sure for _, sure in pending), default=0.0)
+            if surest < math.inf and self._met(labels):
+                continue
             if not pending:
                 return labels
-            self._edges.append(_joined(pending))
+            self._edges.append(_joined([edges for edges, sure in pending if sure == surest]))
+
+    def _met(self, labels: np.ndarray) -> bool:
+        """Decide what becomes of bare tensors that are broadcast; whether anything is coupled with them."""
+        broadcasts, self._broadcasts = self._broadcasts, []
+        coupled = False
+        for bare, ids, why in broadcasts:
+            axes = {axis for axis, size in enumerate(bare.shape) if size > 1}
+            if axes & set(varying_axes(ids.numpy(), labels)):
+                self.couple(bare, ids, why)
+                coupled = True
+            else:
+                self.freeze(bare, why)
+        return coupled
 
     def _components(self) -> np.ndarray:
         left, right = _joined(self._edges)
@@ -174,13 +210,31 @@ def varying_axes(ids: np.ndarray, labels: np.ndarray) -> tuple[int, ...]:
     return tuple(i for i in range(ids.ndim) if (units != units.take([0], axis=i)).any())
 
 
-def _straighten(ids: np.ndarray, labels: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Edges that make the units of ``ids`` constant along all axes but one; None if they are."""
+def _straighten(
+    ids: np.ndarray, labels: np.ndarray, axes: tuple[int, ...]
+) -> tuple[tuple[np.ndarray, np.ndarray], float] | None:
+    """Edges that make the units of ``ids`` constant along all axes but one of ``axes``; None if they are.
+
+    That is the axis with which most units are left, the longest of these; with the edges, how many times as many they
+    are as with the next best: infinity where there is no choice.
+    """
     varying = varying_axes(ids, labels)
-    if len(varying) <= 1 and (axis is None or varying in ((), (axis,))):
+    if len(varying) <= 1 and set(varying) <= set(axes):
         return None
-    longest = max(varying, key=lambda i: (ids.shape[i], i)) if axis is None else axis
-    first = ids[tuple(slice(None) if i == longest else slice(0, 1) for i in range(ids.ndim))]
+    open_axes = [i for i in varying if i in axes] or [axes[0]]
+    left = {i: _units_left(ids, labels, i) if len(open_axes) > 1 else 1 for i in open_axes}
+    best, *others = sorted(open_axes, key=lambda i: (left[i], ids.shape[i], i), reverse=True)
+    first = ids[tuple(slice(None) if i == best else slice(0, 1) for i in range(ids.ndim))]
     first = np.broadcast_to(first, ids.shape)
     free = (first >= 0) & (ids >= 0) & (labels[first] != labels[ids])
-    return (first[free], ids[free]) if free.any() else None
+    return ((first[free], ids[free]), left[best] / left[others[0]] if others else math.inf) if free.any() else None
+
+
+def _units_left(ids: np.ndarray, labels: np.ndarray, axis: int) -> int:
+    """How many units there are once every slice along ``axis`` is one."""
+    units = np.unique(labels[ids], return_inverse=True)[1].reshape(ids.shape)
+    slices = np.arange(ids.shape[axis]).reshape([-1 if i == axis else 1 for i in range(ids.ndim)])
+    ends = units.ravel() + ids.shape[axis], np.broadcast_to(slices, ids.shape).ravel()
+    nodes = ids.shape[axis] + int(units.max()) + 1
+    links = coo_array((np.ones(ids.size, dtype=np.int8), ends), shape=(nodes, nodes))
+    return int(connected_components(links, directed=False)[0])

@@ -196,13 +196,14 @@ class Trace(DispatchMode):
     def _passing(
         self, path: str, module: nn.Module, layer: Layer, x: Tensor, labels: Labels | None, out: Tensor
     ) -> None:
-        width, axis = layer.widths(module)["both"], layer.input_axis(module) % x.dim()
+        axis = layer.input_axis(module) % x.dim()
+        width = layer.widths(module).get("both", x.shape[axis])
         last = axis == x.dim() - 1 and not hasattr(module, "axis")
         if last and isinstance(module, (nn.LayerNorm, RMSNorm)):
             axis = self._normalised_axis(x, labels, width)
         self.channel_dims[path] = axis - x.dim()
         vertex = self.graph.vertex(path, "both", width)
-        if x.shape[axis] != width:  # an instance norm without affine takes any
+        if x.shape[axis] != vertex.size:  # an instance norm without affine takes any
             self.flow.freeze(labels, f"{path} gets other channels than it was made for")
             self.graph.freeze(vertex.ids, f"{path} gets other channels than it was made for")
             return

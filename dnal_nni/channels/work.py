@@ -84,6 +84,8 @@ def _convolution(args: Any, out: Any) -> list[tuple[float, Operands]]:
     if groups == 1:
         loops.append((x, {1: 1}))
         loops.append((weight, {0: 1, 1: 0} if transposed else {0: 0, 1: 1}))
+    elif not transposed:  # a kernel for every sample
+        loops.append((weight, {1: 1}))
     return [(len(x) * weight.numel() * math.prod(places), loops)]
 
 

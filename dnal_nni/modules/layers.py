@@ -30,8 +30,20 @@ Norm: Any = (
     RMSNorm,
 )
 
-
 _AT_ONCE = 64  # channels that are copied: what lies between two cuts then stays in the cache
+
+
+class PixelNorm(nn.Module):
+    """Divides by the root of ``eps`` plus the mean square along ``axis`` (arXiv 1710.10196): of any width."""
+
+    axis: int
+    eps: float
+    weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` normalised, in float32 or more; same shape and dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide * (wide.square().mean(self.axis, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
 
 
 def cut_tensor(module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None:
@@ -270,6 +282,17 @@ class _LayerNorm(Layer):
         setattr(module, name, (size, *getattr(module, name)[1:]))
 
 
+class _PixelNorm(Layer):
+    """It has as many channels as come."""
+
+    @property
+    def sides(self) -> list[Side]:
+        return ["both"]
+
+    def input_axis(self, module: Any) -> int:
+        return int(module.axis)
+
+
 class _InstanceNorm(Layer):
     def input_axis(self, module: Any) -> int:
         return -int(module._get_no_batch_dim())
@@ -324,6 +347,7 @@ _KINDS: dict[type[nn.Module] | str, Layer] = {
     nn.GroupNorm: _GroupNorm(_AFFINE, {"num_channels": "both"}, apart=lambda dims, axis: (0,), zero="affine"),
     nn.LayerNorm: _LAYER_NORM,
     **({RMSNorm: _LAYER_NORM} if RMSNorm else {}),
+    PixelNorm: _PixelNorm({}, {}, apart=_others, zero="input"),
     nn.PReLU: _PReLU({"weight": _EACH}, {"num_parameters": "both"}, apart=_others, zero="input"),
 }
 
@@ -371,4 +395,4 @@ def masked_statistics(norm: nn.Module) -> bool:
     """
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups < norm.num_channels // norm.num_groups
-    return isinstance(norm, (nn.LayerNorm, RMSNorm))
+    return isinstance(norm, (nn.LayerNorm, RMSNorm, PixelNorm))

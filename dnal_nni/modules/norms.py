@@ -6,6 +6,7 @@ a module computes is found out by running it; gated and cut, it runs as the norm
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gates import ChannelFactor
-from .layers import RMSNorm
+from .layers import PixelNorm, RMSNorm
 from .running import FORWARD_ERRORS
 
 _EPS = (1e-6, 1e-5, 1e-8, 1e-12, 1e-3)  # that a forward may have in its code
+_OF_ANY = vars(nn.Module()).keys()
 _TOLERANCE = 2e-6  # some compute in float32; of outputs of size 1, and inputs so small that 1e-6 and 1e-5 differ
 
 
@@ -68,9 +70,11 @@ def recognise(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | Non
     """The norm that a module computes, and what it needs beside its parameters; None where it is none.
 
     Asked of modules of other classes than torch's that have a weight ``[C]``, perhaps a bias ``[C]``, and nothing else
-    but an activation that follows.
+    but an activation that follows; and of those that have nothing but numbers.
     """
     tensors = {**module._parameters, **module._buffers}
+    if not tensors and not module._modules:
+        return _pixel_norm(module)
     weight = tensors.get("weight")
     if (
         type(module).__module__.startswith("torch.")
@@ -100,6 +104,25 @@ def recognise(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | Non
             kind, eps = found
             missing = {"bias": None} if kind is ChannelNorm and "bias" not in tensors else {}
             return kind, {"axis": axis, "eps": eps, "normalized_shape": (channels,), **missing}
+    return None
+
+
+def _pixel_norm(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | None:
+    """:func:`recognise` for a module without tensors."""
+    own = [value for name, value in vars(module).items() if name not in _OF_ANY]
+    if type(module).__module__.startswith("torch.") or not all(isinstance(v, (int, float, str)) for v in own):
+        return None
+    for axis in (1, -1):
+        x = 1e-2 * (torch.randn((2, 3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                got = _Bare(copy.copy(module))(x.clone())  # what its forward counts is not ours
+        except FORWARD_ERRORS:
+            continue
+        for eps in dict.fromkeys((*(v for v in own if isinstance(v, float) and 0 < v < 0.1), *_EPS)):
+            expected = x * (x.square().mean(axis, keepdim=True) + eps).rsqrt()
+            if isinstance(got, Tensor) and got.shape == x.shape and bool(((got - expected).abs() <= _TOLERANCE).all()):
+                return PixelNorm, {"axis": axis, "eps": eps}
     return None
 
 

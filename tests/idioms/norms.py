@@ -94,3 +94,35 @@ class FunctionalInstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(F.instance_norm(self.conv(x)))
+
+
+class PixelNorm(nn.Module):
+    """Progressive GAN's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(torch.mean(x**2, dim=1, keepdim=True) + 1e-8)
+
+
+@block()
+class PixelNorms(nn.Module):
+    """One module behind two convolutions, ahead of and behind activations."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+        self.pn, self.to_rgb = PixelNorm(), nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pn(F.leaky_relu(self.conv1(x), 0.2))
+        return self.to_rgb(F.leaky_relu(self.pn(self.conv2(x)), 0.2))
+
+
+@block(left="mean runs over the channels")
+class PixelNormInline(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.conv1(x), 0.2)
+        return self.conv2(x / (x.pow(2).mean(1, keepdim=True) + 1e-8).sqrt())

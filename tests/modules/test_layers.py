@@ -56,7 +56,8 @@ def name_of(kind: type[nn.Module] | str) -> str:
 
 
 def test_every_kind_has_samples() -> None:
-    assert sorted(map(name_of, kinds())) == sorted(SAMPLES)
+    of_any_width = {"PixelNorm"}  # which has nothing to be cut
+    assert sorted(set(map(name_of, kinds())) - of_any_width) == sorted(SAMPLES)
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnal_nni import DNALPruner, load_compressed, save_compressed
 from dnal_nni.modules.adapters import adapt, restore
-from dnal_nni.modules.layers import RMSNorm
+from dnal_nni.modules.layers import PixelNorm, RMSNorm
 from dnal_nni.modules.norms import ChannelNorm, ChannelRMSNorm, recognise
 
 
@@ -135,3 +135,48 @@ def test_a_network_of_them_loses_its_stream(norm: Callable[[int], nn.Module], tm
     assert torch.equal(again.eval()(x), slim.eval()(x))
     pruner.unwrap_model()
     assert type(net[1].norm) is norm
+
+
+class WithoutParameters(nn.Module):
+    """StyleGAN's, over dimension 1, or another function of one number; it counts its calls."""
+
+    def __init__(self, factor: float = 1.0, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.factor, self.epsilon, self.calls = factor, eps, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.factor * x * torch.rsqrt(torch.mean(x**2, dim=1, keepdim=True) + self.epsilon)
+
+
+def test_a_pixel_norm_is_recognised_and_restored() -> None:
+    net = nn.Sequential(WithoutParameters(), WithoutParameters(2.0), nn.Sequential(nn.ReLU()))
+    x = torch.randn(2, 5, 4, 4)
+    expected, state = net(x), torch.get_rng_state()
+    adapt(net, revertible=True)
+    assert type(net[0]) is PixelNorm and type(net[1]) is WithoutParameters
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(net(x), expected)
+    restore(net)
+    assert type(net[0]) is WithoutParameters and vars(net[0]).keys() == vars(WithoutParameters()).keys()
+    assert net[0].calls == 1 and net[1].calls == 2
+
+
+def test_a_pixel_norm_is_cut_saved_and_loaded(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 12, 1), WithoutParameters(), nn.Conv2d(12, 4, 1))
+
+    x = torch.randn(2, 3, 5, 5)
+    net = make()
+    pruner = DNALPruner(net, [{"op_types": ["Conv2d"]}], dummy_input=x)
+    keep = torch.arange(12) % 3 != 0
+    pruner.harden({"0": keep})
+    small = pruner.speedup()
+    with torch.no_grad():  # by hand: the channels that are left, normalised among themselves
+        y = make()[0](x)[:, keep]
+        y = y * (y.square().mean(1, keepdim=True) + 1e-4).rsqrt()
+        expected = F.conv2d(y, make()[2].weight[:, keep], make()[2].bias)
+    torch.testing.assert_close(small(x), expected)
+    save_compressed(small, tmp_path / "small.safetensors")
+    torch.testing.assert_close(load_compressed(make(), tmp_path / "small.safetensors")(x), expected)

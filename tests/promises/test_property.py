@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from random_nets import Network, Program, kinds, op, programs, run, runs
+from random_nets.heads import REPEATS
 from random_nets.modules import Dropping
 from random_nets.sizes import Insisting
 from random_nets.spatial import FORMS
@@ -558,6 +559,23 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     "deformable, as a function": (Program((C, op("deformable", function=True), op("norm"), LAST)), FIRST),
     "a layer norm of three axes": (Program((C, op("context"), LAST)), ["conv0.conv", "context1.reduce"]),
     "a convolution over positions": (Program((C, op("tokens"), op("positioned"), op("linear"))), FIRST),
+    **{
+        f"a kernel for every sample, {'demodulated' if demodulate else 'as it is'}": (
+            Program((C, op("modulated", demodulate=demodulate), LAST)),
+            ["conv0.conv", "modulated1.weight", "conv2.conv"],
+        )
+        for demodulate in (True, False)
+    },
+    "a norm without parameters": (Program((op("conv"), op("pixel_norm"), LAST)), FIRST),
+    "learned tokens": (Program((C, op("tokens"), op("prompts"), op("prompts", between=True), op("linear"))), FIRST),
+    **{
+        f"rotary heads, {table}, {repeat}": (
+            Program((C, op("tokens"), op("rotary", table=table, repeat=repeat))),
+            ["conv0.conv", "rotary2.q"],
+        )
+        for table in ("buffer", "made", "complex")
+        for repeat in REPEATS
+    },
     "an unused module": (Program((C, op("side", form="unused"), LAST)), ["conv2.conv"]),
 }
 

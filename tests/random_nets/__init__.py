@@ -6,11 +6,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from . import blocks, channels, kinds, sizes, spatial  # their ingredients register themselves
+from . import blocks, channels, heads, kinds, sizes, spatial  # their ingredients register themselves
 from .layers import SOME
 from .program import INGREDIENTS, Network, Op, Program, op, run, runs
 
-__all__ = ["Network", "Program", "blocks", "channels", "kinds", "op", "programs", "run", "runs", "sizes", "spatial"]
+__all__ = ["Network", "Program", "op", "programs", "run", "runs"]
+__all__ += ["blocks", "channels", "heads", "kinds", "sizes", "spatial"]
 
 BACK = st.sampled_from((0, 0, 0, 0, 1, 2, 3))
 

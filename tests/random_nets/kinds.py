@@ -210,3 +210,25 @@ class Averaging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attention(x, x, x)[0]
+
+
+class Modulated(nn.Module):
+    """StyleGAN2: a kernel of its own for every sample, scaled, and demodulated if it is to be."""
+
+    def __init__(self, channels: int, width: int, demodulate: bool) -> None:
+        super().__init__()
+        self.width, self.demodulate = width, demodulate
+        self.weight, self.style = nn.Parameter(torch.randn(width, channels, 3, 3)), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        weight = self.weight * self.style(x.mean((2, 3))).view(b, 1, c, 1, 1)
+        if self.demodulate:
+            weight = weight * (weight.square().sum((2, 3, 4), keepdim=True) + 1e-2).rsqrt()
+        x = F.conv2d(x.reshape(1, b * c, h, w), weight.view(b * self.width, c, 3, 3), padding=1, groups=b)
+        return x.view(b, self.width, h, w)
+
+
+@ingredient(width=WIDTHS, demodulate=SOME)
+def modulated(x: Value, *, width: int = 8, demodulate: bool = True) -> Made:
+    return Modulated(x.channels, width, demodulate) if x.dims == 2 else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..flow import Flow, Operation, axes_of, compress
+from ..flow import Flow, Labels, Operation, axes_of, compress
 from ..graph import Site
 from ..parts import Parts
 from .moving import move
@@ -30,7 +31,8 @@ def split(flow: Flow, op: Operation) -> None:
             continue
         flow.note_sizes([total], array, labels.shape)
         if isinstance(size, int) and size < total and total % size == 0:
-            flow.graph.require_rectangle(array.movedim(axis, 0).reshape(total // size, size, -1), 1)
+            parts = array.movedim(axis, 0).unflatten(0, (total // size, size))
+            flow.graph.require_rectangle(parts, range(1, parts.dim()))  # or whole slices along other axes
         elif not isinstance(size, int):
             flow.parts.append(Parts(flow.frame()[0], array, axis, tuple(size), split=True))
             for i, part in enumerate(array.split(size, axis)):
@@ -84,13 +86,13 @@ def _side_by_side(
     flow: Flow, op: Operation, tensors: list[Tensor], axis: int, form: Callable[[Tensor], Tensor]
 ) -> None:
     axis = axis % op.out.dim()
+    kinds = [[axes_of(array) for array in labels.arrays] for labels in op.labels if labels is not None]
     pieces: list[tuple[torch.Size, Tensor | None, Site]] = []  # shape as put side by side, labels there, site
     for tensor, labels in zip(tensors, op.labels):
         if tensor.numel() == 0 and (tensor.dim() == 1 or tensor.shape[axis] == 0):
             continue  # the empty start of a list that a forward concatenates to, or a slice of no length
         if labels is not None and len(labels.arrays) > 1:
-            flow.freeze(labels, f"{op.name} of a tensor with several kinds of channels")
-            labels = None
+            labels = _of_one_kind(flow, op, labels, kinds, axis)
         shape = form(torch.empty(labels.shape if labels else tensor.shape, device="meta")).shape
         array = form(labels.arrays[0]) if labels else flow.asked_for(tensor, axis) if op.name == "cat" else None
         pieces.append((shape, array, labels.site if labels else None))
@@ -113,6 +115,25 @@ def _side_by_side(
         wanted = [n if i in varying else 1 for i, n in enumerate(shape)]
         lined_up.append(torch.full(wanted, -1) if array is None else array.expand(wanted))
     flow.put(op.out, [compress(torch.cat(lined_up, axis))], site)
+
+
+def _of_one_kind(
+    flow: Flow, op: Operation, labels: Labels, kinds: list[list[tuple[int, ...]]], axis: int
+) -> Labels | None:
+    """Of a tensor that has channels along several axes, those that all the tensors have (``kinds``: along which axes).
+
+    The others stay, as the number of learned tokens does, which go beside the tokens of an image.
+    """
+    common = set(kinds[0]).intersection(*kinds[1:])
+    kept = [array for array in labels.arrays if axes_of(array) in common]
+    if len(kept) > 1:
+        kept = [array for array in kept if axes_of(array) != (axis,)]
+    if len(kept) != 1:
+        kept = []
+    for array in labels.arrays:
+        if not any(array is other for other in kept):
+            flow.graph.freeze(array, flow.why(f"{op.name} of a tensor with several kinds of channels"))
+    return dataclasses.replace(labels, arrays=tuple(kept)) if kept else None
 
 
 @rule("constant_pad_nd")

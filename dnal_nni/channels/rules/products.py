@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...modules.running import flatten_tensors
@@ -56,7 +57,7 @@ def matmul(flow: Flow, op: Operation) -> None:
     operands: list[tuple[Sequence[int], Arrays]] = [(shape_a, tuple(others_a)), (shape_b, tuple(others_b))]
     if bias is not None:
         lbias = flow.of(bias)
-        operands.append((bias.shape, lbias.arrays if lbias else ()))
+        operands.append((bias.shape, lbias.arrays) if lbias else (flow.adjustable(bias), ()))
     met = flow.meet(operands, what)
     sites = [x.site for x, others in ((la, others_a), (lb, others_b)) if x is not None and others]
     zeroed = bias is None and None not in sites  # rows of zeros, and columns
@@ -83,11 +84,20 @@ def _added_up(flow: Flow, a: Factor, b: Factor, what: str) -> bool:
     return True
 
 
+def _for_every_head(labels: Labels | None, query: Tensor) -> Labels | None:
+    """Labels of keys or values beside those of the queries, of which several may share a head (``enable_gqa``)."""
+    if labels is None or query.dim() < 3 or labels.shape[-3] in (1, query.shape[-3]):
+        return labels
+    times, axis = query.shape[-3] // labels.shape[-3], len(labels.shape) - 3
+    arrays = tuple(a.repeat_interleave(times, axis) if axis in axes_of(a) else a for a in labels.arrays)
+    return Labels(torch.Size((*labels.shape[:-3], query.shape[-3], *labels.shape[-2:])), arrays, labels.site)
+
+
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
 @rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
 def attention(flow: Flow, op: Operation) -> None:
     """Fused attention: query and key are summed over their last axis, heads meet heads."""
-    q, k, v = (flow.of(t) for t in op.args[:3])
+    q, k, v = (_for_every_head(flow.of(t), op.args[0]) for t in op.args[:3])
     mask = op.argument("attn_mask", op.argument("attn_bias"))
     what = "attention over channels that are fixed elsewhere"
     for labels in (q, k, v):
@@ -99,9 +109,10 @@ def attention(flow: Flow, op: Operation) -> None:
     for tensor, labels in ((op.args[0], q), (op.args[1], k), (mask, flow.of(mask))):
         if tensor is not None:
             summed = [-1] if tensor is not mask else [-1, -2]
-            operands.append(((*tensor.shape[:-2], 1, 1), flow.mix(labels, summed, what)))
-    value = op.args[2]
-    operands.append(((*value.shape[:-2], 1, value.shape[-1]), v.arrays if v else ()))
+            shape = labels.shape if labels else tensor.shape
+            operands.append(((*shape[:-2], 1, 1), flow.mix(labels, summed, what)))
+    shape = v.shape if v else op.args[2].shape
+    operands.append(((*shape[:-2], 1, shape[-1]), v.arrays if v else ()))
     out, *sums = flatten_tensors(op.out)
     met = flow.meet(operands, what)
     flow.put(out, met, None)
