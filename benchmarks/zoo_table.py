@@ -25,10 +25,12 @@ def summary(records: Sequence[Record]) -> str:
     status = Counter(record["status"] for record in records)
     shrunk = sum(record["status"] == "exact" and record["flops"]["left"] <= SHRUNK for record in records)
     late = sum("not verified in time" in record.get("reasons", {}) for record in records)
+    rounded = sum(record["status"] == "exact" and bool(record.get("rounding")) for record in records)
     return (
         f"{len(records)} models: {', '.join(f'{n} {name}' for name, n in status.most_common())} "
         f"({sum(map(left_whole, records))} of the exact because left whole); {shrunk} exact with at most {SHRUNK:.0%} "
-        f"of the FLOPs left; {late} with groups not verified in time"
+        f"of the FLOPs left; {late} with groups not verified in time; {rounded} of the exact differ by more than "
+        "1e-9, but not by more than ten times what four units of rounding at the input do"
     )
 
 
