@@ -33,9 +33,9 @@ class ChannelNorm(nn.LayerNorm):
         y = x.movedim(self.axis, -1)
         if y.shape[-1] == len(self.weight):
             y = F.layer_norm(y, self.weight.shape, self.weight, self.bias, self.eps)
-            return _followed(self, y.movedim(-1, self.axis))
+            return _placed(self, x, y)
         y = F.layer_norm(y, y.shape[-1:], None, None, self.eps) * self.weight  # what is written by hand broadcasts
-        return _followed(self, (y if self.bias is None else y + self.bias).movedim(-1, self.axis))
+        return _placed(self, x, y if self.bias is None else y + self.bias)
 
 
 class ChannelRMSNorm(RMSNorm if RMSNorm else nn.Module):  # type: ignore[misc]
@@ -48,7 +48,14 @@ class ChannelRMSNorm(RMSNorm if RMSNorm else nn.Module):  # type: ignore[misc]
         y = x.movedim(self.axis, -1)
         wide = y if y.dtype == torch.float64 else y.float()
         wide = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return _followed(self, (self.weight * wide.to(x.dtype)).movedim(-1, self.axis))
+        return _placed(self, x, self.weight * wide.to(x.dtype))
+
+
+def _placed(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The output of a norm of ``x``, from ``y`` with its channels last."""
+    y = y.movedim(-1, norm.axis)
+    # as the norm written by hand gives it: what comes next may ask for a view
+    return _followed(norm, y.contiguous() if x.is_contiguous() else y)
 
 
 def _followed(norm: nn.Module, y: Tensor) -> Tensor:

@@ -293,6 +293,8 @@ def test_a_thousand_random_networks(plain: bool) -> None:
 
 
 REGRESSIONS = [
+    # a norm written by hand keeps the memory format: what it runs as has to
+    Program((op("conv"), op("own_norm"), op("flatten", form="view"))),
     # rows and columns of one parameter are groups of their own
     Program((op("conv"), op("conv", norm="response"), op("codebook"))),
     # a norm of three channels that is called once more, on one
