@@ -293,6 +293,8 @@ def test_a_thousand_random_networks(plain: bool) -> None:
 
 
 REGRESSIONS = [
+    # of a larger input, positions that its table does not have
+    Program((op("conv"), op("read", width=8), op("positions"))),
     # a norm written by hand keeps the memory format: what it runs as has to
     Program((op("conv"), op("own_norm"), op("flatten", form="view"))),
     # rows and columns of one parameter are groups of their own
@@ -575,7 +577,7 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
             Program((C, op("tokens"), op("rotary", table=table, repeat=repeat))),
             ["conv0.conv", "rotary2.q"],
         )
-        for table in ("buffer", "made", "complex")
+        for table in ("buffer", "made", "neighbours", "complex")
         for repeat in REPEATS
     },
     "an unused module": (Program((C, op("side", form="unused"), LAST)), ["conv2.conv"]),

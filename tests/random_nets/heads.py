@@ -13,7 +13,7 @@ from .program import Made, Value, ingredient
 
 
 class Rotary(nn.Module):
-    """Attention with rotary positions, from a buffer, from a tensor that is none, or as complex numbers.
+    """Attention with rotary positions, from a buffer, from a tensor that is none, of neighbours, or as complex numbers.
 
     Several queries share a head of keys and values, if ``shared`` is more than one.
     """
@@ -35,6 +35,10 @@ class Rotary(nn.Module):
         if self.table == "complex":
             y = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
             return torch.view_as_real(y * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+        if self.table == "neighbours":
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+            angles = angles.repeat_interleave(2, -1)
+            return x * angles.cos() + turned * angles.sin()
         angles = torch.cat([angles, angles], -1)
         first, second = x.chunk(2, -1)
         return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
@@ -58,7 +62,7 @@ REPEATS = ("interleave", "expand", *(["fused"] if "enable_gqa" in str(F.scaled_d
 
 @ingredient(
     shared=st.sampled_from((1, 2)),
-    table=st.sampled_from(("buffer", "made", "complex")),
+    table=st.sampled_from(("buffer", "made", "neighbours", "complex")),
     repeat=st.sampled_from(REPEATS),
 )
 def rotary(x: Value, *, shared: int = 2, table: str = "buffer", repeat: str = "expand") -> Made:

@@ -34,7 +34,7 @@ def move(flow: Flow, op: Operation) -> None:
 
 @rule("slice")
 def strided(flow: Flow, op: Operation) -> None:
-    """A slice; of one that takes every n-th channel, only whole rows of n channels can go."""
+    """A slice; of one that takes every n-th channel, whole rows of n channels can go, or slices along other axes."""
     move(flow, op)
     labels, step = op.labels[0], op.argument("step", 1)
     if labels is None:
@@ -48,7 +48,8 @@ def strided(flow: Flow, op: Operation) -> None:
         elif array.shape[axis] % step:
             flow.graph.freeze(array, flow.why(f"one of {step} channels is taken"))
         else:
-            flow.graph.require_rectangle(array.movedim(axis, 0).reshape(array.shape[axis] // step, -1), 0)
+            rows = array.movedim(axis, 0).unflatten(0, (-1, step))
+            flow.graph.require_rectangle(rows, (0, *range(2, rows.dim())))
 
 
 def _between(flow: Flow, array: Tensor, axis: int, start: int | None, end: int | None) -> None:
