@@ -261,16 +261,16 @@ def test_whatever_torch_pruning_does_ends_in_an_error(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(tp.DependencyGraph, "build_dependency", build)
     monkeypatch.setattr(dependency, "SECONDS", 1.0)
-    model, threads, start = Function(torch.relu), threading.active_count(), time.monotonic()
+    model, threads, start = Function(torch.relu), set(threading.enumerate()), time.monotonic()
     layers = list(model.modules())
     message = r"\(OSError: no space\): leave" if how == "fails" else "not built within 1 seconds: leave graph= out"
     with pytest.raises(DNALError, match=message):
         groups_of(model, IMAGE, GRAPH)
     assert time.monotonic() - start < 20
-    left = threads + (how == "sleeps")
-    while threading.active_count() != left and time.monotonic() - start < 20:
-        time.sleep(0.1)
-    assert threading.active_count() == left
+    left = set(threading.enumerate()) - threads
+    for thread in left if how == "never ends" else ():
+        thread.join(20)
+    assert sum(thread.is_alive() for thread in left) == (how == "sleeps")
     assert model.training and list(model.modules()) == layers
 
 
