@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import checked_but
 from ..channels.dependency import Graph
-from ..channels.groups import ChannelGroup, find_groups
+from ..channels.groups import ChannelGroup, Member, find_groups
 from ..cost.count import flops_by_module
 from ..errors import told
 from ..modules.given import check_model
@@ -148,6 +148,7 @@ def inspect(
     def share(paths: set[str]) -> float:
         return sum(flops.get(path, 0) for path in paths) / max(flops[""], 1)
 
+    modules = dict(model.named_modules())
     shares: dict[str, float] = {}
     touched: set[str] = set()
     seen: set[str] = set()
@@ -158,12 +159,12 @@ def inspect(
         if group.frozen is None:
             touched |= ends
         for member in group.members:
-            if member.side == "out":
-                seen.add(member.path)
+            if path := _makes(member, modules):
+                seen.add(path)
                 if group.frozen is not None:
-                    stays[member.path][group.frozen] += len(member.channels)
+                    stays[path][group.frozen] += len(member.channels)
     whole = []
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         layer = layer_of(module)
         if layer is not None and layer.mixes and "out" in layer.sides:
             width = layer.widths(module)["out"]
@@ -171,6 +172,17 @@ def inspect(
             whole += [WholeLayer(path, channels, width, why) for why, channels in reasons.items()]
     params = sum(p.numel() for p in model.parameters())
     return Inspection(target, flops[""], params, groups, shares, whole, share(touched), time.perf_counter() - start)
+
+
+def _makes(member: Member, modules: Mapping[str, nn.Module]) -> str:
+    """Path of the layer whose output channels these are, also where a function computes with its weight; or empty."""
+    if member.side == "out":
+        return member.path
+    module = modules.get(member.module) if member.bare and member.path.endswith(".weight") else None
+    layer = None if module is None else layer_of(module)
+    if module is None or layer is None or not layer.mixes:
+        return ""
+    return member.module if layer.dims(module, "weight").get("out") == member.dim else ""
 
 
 def _as_tuple(dummy_input: Any) -> tuple[Any, ...]:

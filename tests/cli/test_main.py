@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,6 +73,23 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "returns" in whole["last"][2] and "no run of the model" in whole["unused"][2]
     assert lines[-1].startswith("1 of ") and " groups can be cut; 9" in lines[-1] and lines[-1].endswith(" s")
     assert set(err.splitlines()) == {"a network that talks"}
+
+
+class Reads(nn.Module):
+    """A function computes with a layer's weight, as in attention with biases of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.held, self.last = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(self.first(x).relu(), self.held.weight, self.held.bias).relu())
+
+
+def test_a_weight_that_a_function_reads_is_not_said_to_be_unused() -> None:
+    found = inspect(Reads(), torch.randn(2, 6))
+    assert [layer.name for layer in found.whole] == ["last"]
+    assert {m.path for g in found.groups if g.frozen is None for m in g.members} >= {"first", "held.weight"}
 
 
 def test_json_is_the_same_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
