@@ -193,6 +193,8 @@ def again(x: Value, *, net: Network, which: int = 0) -> Made:
     if not names:
         return None
     module = net.get_submodule(names[-1 - which % len(names)])
+    if x.kind == "vector" and any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return None  # it would take the batch for the channels of one example
     return None if isinstance(module, (TrainOnly, Tokens)) else module
 
 
