@@ -30,8 +30,6 @@ Norm: Any = (
     RMSNorm,
 )
 
-_AT_ONCE = 64  # channels that are copied: what lies between two cuts then stays in the cache
-
 
 class PixelNorm(nn.Module):
     """Divides by the root of ``eps`` plus the mean square along ``axis`` (arXiv 1710.10196): of any width."""
@@ -41,9 +39,12 @@ class PixelNorm(nn.Module):
     weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` normalised, in float32 or more; same shape and dtype."""
+        """``x`` (any shape, channels along ``axis``) normalised, in float32 or more; same shape and dtype."""
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * (wide.square().mean(self.axis, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+
+
+_AT_ONCE = 64  # channels that are copied: what lies between two cuts then stays in the cache
 
 
 def cut_tensor(module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None:
