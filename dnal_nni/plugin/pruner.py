@@ -293,8 +293,8 @@ class DNALPruner(_OwnSchedule):
         return plain_names(self.bound_model)
 
     def get_masks(self) -> dict[str, dict[str, Tensor]]:
-        """NNI masks of the selected layers, shaped as their tensors: as :meth:`harden` left them; ones before, and while
-        another search goes on."""
+        """NNI masks of the selected layers, shaped as their tensors: as :meth:`harden` left them; ones before, and in
+        another search."""
         session = self._session
         groups, keep = ([], {}) if session is None else (session.plan.active, session.keep or {})
         return layer_masks(self.bound_model, groups, keep, self._masked)
