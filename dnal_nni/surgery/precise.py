@@ -1,14 +1,17 @@
 """Copies that compute in another dtype: in float64 where PyTorch is slow on a CPU, and without all weights in float64.
 
 Its float64 convolutions unfold the input, 27 times as large for a 3-D kernel of three, and take the groups of a
-depthwise convolution one after the other: here they are one product for every tap of the kernel. Large weights are
-widened while they are used: nothing is allocated for them, which for a network as VGG-16 is most of the work.
+depthwise convolution one after the other: here they are one product for every tap of the kernel. They also take the
+samples one after the other, and read all weights for each: where an image has few positions, all are one product here.
+Large weights are widened while they are used: nothing is allocated for them, which for a network as VGG-16 is most of
+the work.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from ..modules.running import twin
 
 _LARGE = 2**16  # numbers in a weight that is widened as it is used
 _AT_ONCE = 2**18  # of which a linear layer widens so many at a time
+_FEW = 25  # positions of an image for which one product of all samples takes half of the time and less
 
 _ALL = slice(None)
 
@@ -64,6 +68,8 @@ def _precise(kind: Any, widened: bool, taps: bool) -> Any:
         methods["forward"] = _in_parts
     if taps:
         methods["_conv_forward"] = _by_taps
+    elif widened and kind is nn.Conv2d:
+        methods["_conv_forward"] = _in_one
     return type(kind.__name__, (kind,), methods) if widened or taps else kind
 
 
@@ -83,15 +89,22 @@ def _in_parts(linear: Any, x: Tensor) -> Tensor:
     return out if linear.bias is None else out.add_(linear.bias)
 
 
+def _in_one(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of ``x [B, in, H, W]`` with ``weight``: of few positions, one product."""
+    space = _space(conv, x, weight)
+    if x.dim() < 4 or conv.groups > 1 or x.is_cuda or not 0 < math.prod(space) <= _FEW:
+        return nn.Conv2d._conv_forward(conv, x, weight, bias)
+    x = F.unfold(_padded(conv, x), weight.shape[2:], conv.dilation, 0, conv.stride)  # [B, in * taps, positions]
+    out = F.linear(x.transpose(1, 2), weight.flatten(1), bias)
+    return out.transpose(1, 2).reshape(len(x), len(weight), *space)
+
+
 def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of ``x [B, in, *space]``, or ``[in, *space]``, with ``weight``."""
     if x.dim() < weight.dim():
         return _by_taps(conv, x[None], weight, bias)[0]
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    if any(conv._reversed_padding_repeated_twice):
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
-    spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, weight.shape[2:])]
-    space = [(n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, conv.stride)]
+    space = _space(conv, x, weight)
+    x = _padded(conv, x)
     batch, groups = len(x), conv.groups
     out = x.new_zeros(batch, len(weight), *space)
     each = weight.view(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel], per group
@@ -107,6 +120,20 @@ def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
             factor = factor.expand(batch, -1, -1, -1).reshape(batch * groups, *factor.shape[1:])
             out.view(batch * groups, factor.shape[1], -1).baddbmm_(factor, seen)
     return out if bias is None else out.add_(bias.view(-1, *[1] * len(space)))
+
+
+def _space(conv: Any, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """The positions of what the convolution of ``x`` with ``weight`` gives, along each axis."""
+    sides = conv._reversed_padding_repeated_twice[::-1]
+    padded = [n + a + b for n, a, b in zip(x.shape[2:], sides[::2], sides[1::2])]
+    spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, weight.shape[2:])]
+    return tuple((n - span) // s + 1 for n, span, s in zip(padded, spans, conv.stride))
+
+
+def _padded(conv: Any, x: Tensor) -> Tensor:
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    sides = conv._reversed_padding_repeated_twice
+    return F.pad(x, sides, mode) if any(sides) else x
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

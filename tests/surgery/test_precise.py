@@ -57,6 +57,29 @@ def test_others_stay_as_they_are() -> None:
     assert kinds == [nn.Conv2d, nn.Conv2d, Own, nn.ConvTranspose3d, nn.Conv3d]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_all_samples_in_one_product(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are few positions; a large weight is what it takes."""
+    products: list[int] = []  # rows of each
+    linear = torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        products.append(x.shape[0] * x.shape[1])
+        return linear(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(256, 264, **form)
+    fast, plain = in_dtype(conv, torch.float64), copy.deepcopy(conv).double()
+    for shape in ((3, 256, 6, 5), (2, 256, 5, 7), (256, 5, 5), (2, 256, 12, 11)):
+        products.clear()
+        x = torch.randn(shape, dtype=torch.float64)
+        expected = plain(x)
+        torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-11)
+        positions = expected[0, 0].numel()
+        assert products == ([shape[0] * positions] if len(shape) == 4 and positions <= 25 else [])
+
+
 LARGE: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(700, 800), (3, 5, 700)),
     "linear without bias": (lambda: nn.Linear(70_000, 5, bias=False), (3, 70_000)),
