@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from nni.compression.base import compressor
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnal_nni import Budget, DNALError, DNALPruner, speedup
+from dnal_nni.modules.running import DispatchMode
 from dnal_nni.storage.state import load_state
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -351,7 +351,7 @@ def test_nothing_is_held_that_is_as_large_as_the_weights(small: nn.Module, x: Te
     assert pruner.get_masks()["1"]["weight"].mean() == 0.5
 
 
-class _Made(TorchDispatchMode):
+class _Made(DispatchMode):
     """Counts the numbers of the tensors that are made."""
 
     numbers = 0
