@@ -36,7 +36,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,44 @@ def report(args: argparse.Namespace) -> None:
         text += "\n"
     (args.out / "table.md").write_text(text)
     print(text)
+    picture(groups, args.out)
+
+
+SAID = {
+    "uncut_finetuned": "uncut, fine-tuned as long",
+    "choice+repair": "what removals cost (choose), repaired",
+    "uniform_l2+repair": "one share of every layer, repaired",
+    "group_l2+repair": "group L2 norms, repaired",
+    "torch_pruning": "torch-pruning's MagnitudePruner",
+    "dnal+repair": "an epoch of search, repaired",
+    "dnal": "an epoch of search",
+}
+
+
+def picture(groups: Mapping[str, Mapping[str, list[dict[str, Any]]]], out: Path) -> None:
+    """ends.png: the settings with most runs; each seed right after the cut, and in the end."""
+    from matplotlib.figure import Figure
+
+    settings, methods = max(groups.items(), key=lambda item: sum(map(len, item[1].values())))
+    names = [name for name in SAID if name in methods]
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(names)), layout="constrained")
+    axes = figure.add_subplot(xlabel="accuracy of the test images (%)")
+    for row, name in enumerate(names):
+        cut, ends = ([line[part] for line in methods[name]] for part in ("accuracy_cut", "accuracy"))
+        color, said = "tab:blue" if name == "choice+repair" else "grey", row == 0
+        axes.plot([statistics.mean(cut), statistics.mean(ends)], [row, row], color=color, lw=1)
+        for values, style, label in ((cut, "none", "right after the cut"), (ends, "full", "in the end")):
+            axes.plot(values, [row] * len(values), "o", color=color, fillstyle=style, label=label if said else None)
+        mean = f"{statistics.mean(ends):.1f}"
+        axes.annotate(mean, (max(ends), row), (6, -3.5), textcoords="offset points", fontsize=9)
+    axes.set_yticks(range(len(names)), [SAID[name] for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.margins(x=0.1)
+    asked = json.loads(settings)
+    size = f"{asked['images']:,} images of {asked['pixels']} pixels, {asked['epochs']} epochs"
+    axes.set_title(f"EfficientNet-Lite0, {100 * asked['budget']:.0f} % of the FLOPs; {size}", fontsize=10)
+    figure.legend(loc="outside lower right", ncols=2, fontsize=9)
+    figure.savefig(out / "ends.png", dpi=120)
 
 
 def main() -> None:

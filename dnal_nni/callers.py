@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -45,17 +47,18 @@ class Data:
         return steps
 
     def batches(self) -> Iterator[tuple[Tensor, Any]]:
-        """One epoch, of as many batches as the length says."""
+        """One epoch, of as many batches as the length says; None for targets where there are none."""
         steps, given = self.steps(), 0
         for batch in itertools.islice(self._each(), steps):
             given += 1
-            pair = isinstance(batch, (list, tuple)) and len(batch) == 2
-            if not (pair and all(isinstance(part, Tensor) for part in batch)):
+            parts = batch if isinstance(batch, (list, tuple)) else [batch]
+            if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
                 raise DNALError(
-                    f"compress({self.name}=...) gives {shown(batch)}, and should give (inputs, targets), two tensors; "
-                    f"{_OWN_LOOP}"
+                    f"compress({self.name}=...) gives {shown(batch)}, and should give (inputs, targets), two tensors, "
+                    f"or inputs alone; {_OWN_LOOP}"
                 )
-            yield batch[0].to(self.device), batch[1].to(self.device)
+            inputs, *targets = (part.to(self.device) for part in parts)
+            yield inputs, targets[0] if targets else None
         if given < steps:
             raise DNALError(
                 f"compress({self.name}=...) gives {given} batches, and its len() is {steps}: give it the length that "
@@ -88,6 +91,32 @@ def measured(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
         value: Tensor = loss(outputs, targets)
     check_loss(value, "compress(loss=...)")
     return value
+
+
+class Taught:
+    """The loss of batches without targets: what the uncut network says stands in for them.
+
+    Args:
+        model: the uncut network, of which a copy is kept.
+        loss: of what a network returns and what the uncut one does; None: cross entropy.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any] | None) -> None:
+        self.teacher, self.loss = copy.deepcopy(model).eval(), loss or F.cross_entropy
+
+    def __call__(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            said = run(self.teacher, inputs)
+        if not isinstance(said, Tensor):
+            raise DNALError(
+                f"compress(loader=...) gives inputs alone, and the model returns {shown(said)}: what it says stands in "
+                f"for targets where it is a tensor; {_OWN_LOOP}"
+            )
+        if self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss):
+            said = said.softmax(1)  # it takes scores, and probabilities for targets
+        elif self.loss is F.binary_cross_entropy_with_logits or isinstance(self.loss, nn.BCEWithLogitsLoss):
+            said = said.sigmoid()
+        return measured(self.loss, run(model, inputs), said)
 
 
 def optimizer_of(
@@ -137,11 +166,16 @@ def _number(value: Any) -> float:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> float:
     """Top-1 in per cent, in eval mode."""
     right, total = 0, 0
     model.eval()
     for inputs, targets in batches:
+        if targets is None:
+            raise DNALError(
+                "compress(validate=...) gives inputs alone, and the accuracy is of classes: give (inputs, targets), or "
+                "a function from a model to a number"
+            )
         outputs = run(model, inputs)
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
             raise DNALError(

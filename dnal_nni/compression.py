@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .arguments import checked_but, shown
 from .budget import Budget
-from .callers import Data, measured, optimizer_of, run, validation
+from .callers import Data, Taught, measured, optimizer_of, run, validation
 from .cost.latency import latencies
 from .errors import DNALError
 from .modules.choices import choices_of
@@ -283,8 +283,10 @@ def compress(
 
     Args:
         model: the trained network; afterwards it is as it was.
-        loader: batches ``(inputs, targets)``, with a length, as a DataLoader: what the model was trained on.
-        loss: of what the model returns and the targets of a batch, 0-d; None: cross entropy.
+        loader: batches ``(inputs, targets)``, with a length, as a DataLoader: what the model was trained on. Or inputs
+            alone: then the model itself teaches, what it returns stands in for targets.
+        loss: of what the model returns and the targets of a batch, 0-d; None: cross entropy. Where the model teaches,
+            cross entropy (also binary, of logits) gets its probabilities, another loss what it returns: ``F.mse_loss``.
         budget: what the network may cost in the end.
         validate: data of the same form, for the accuracy (top-1, in per cent) in the report; or a function from a model
             to a number of your own, in its place, more is better.
@@ -335,10 +337,13 @@ def compress(
     try:
         with torch.random.fork_rng(devices=[]):  # looking at the data uses up none
             example = data.first()
+        taught = Taught(model, loss) if example[1] is None else None
         stages = Compression(
             batches=lambda stage, epoch: data.batches(),
             steps=data.steps(),
-            loss=lambda model, batch: measured(loss_of, run(model, batch[0]), batch[1]),
+            loss=lambda model, batch: (
+                taught(model, batch[0]) if taught else measured(loss_of, run(model, batch[0]), batch[1])
+            ),
             validate=validation(validate, device),
             optimizer=lambda parameters, stage: optimizer_of(parameters, lr, optimizer),
             search_epochs=epochs_of_search(search_epochs, model),
@@ -365,6 +370,8 @@ def compress(
             session = Session(model, plan)
             saving = dataclasses.replace(stages, save=lambda state: kept.search(before, state))
             slim, report = stages.cut(session, before, saving.search(session, kept.state))
+            if taught:
+                report.notes.append("the data have no targets: what the uncut network says stands in for them")
             kept.begin_finetune(slim, report, NOTHING_DONE)
         dataclasses.replace(stages, save=kept.finetune).finetune(slim, report, kept.state)
         kept.done()

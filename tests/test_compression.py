@@ -116,6 +116,52 @@ def test_without_a_search_what_goes_is_chosen_and_the_rest_repaired() -> None:
     assert same(state(slim), state(again))
 
 
+TAUGHT: dict[str, tuple[Callable[..., Tensor] | None, Callable[[Tensor], Tensor]]] = {
+    "cross entropy": (None, lambda scores: scores.softmax(1)),
+    "cross entropy, smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), lambda scores: scores.softmax(1)),
+    "a logistic loss": (F.binary_cross_entropy_with_logits, torch.sigmoid),
+    "another": (F.mse_loss, lambda scores: scores),
+}
+
+
+@pytest.mark.parametrize("searched", [0, 1])
+@pytest.mark.parametrize("loss", TAUGHT)
+def test_without_targets_the_uncut_network_teaches(
+    loss: str, searched: int, small: nn.Module, batches: Batches
+) -> None:
+    """Bit for bit what comes of targets that are what it says."""
+    small.train()
+    before, (function, said) = state(small), TAUGHT[loss]
+    settings = {"budget": HALF, "search_epochs": searched, "epochs": 2, "lr": 0.05, "progress": False}
+    slim, report = compress(small, [x for x, _ in batches], function, **settings)
+    assert same(state(small), before) and "the data have no targets" in report.notes[-1]
+    with torch.no_grad():
+        targets = [(x, said(copy.deepcopy(small).eval()(x))) for x, _ in batches]
+    by_hand, _ = compress(small, targets, function, **settings)
+    assert same(state(slim), state(by_hand))
+
+
+def test_a_dataset_of_inputs_alone(small: nn.Module, x: Tensor) -> None:
+    """Of which a DataLoader makes lists of one."""
+    loader = DataLoader(TensorDataset(torch.cat([x] * 4)), 4)
+    slim, report = compress(small, loader, budget=HALF, epochs=1, progress=False)
+    assert measure(slim, x[:1]).flops == report.after.flops
+
+
+class Several(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.model(x)]
+
+
+def test_what_is_no_tensor_teaches_nothing(small: nn.Module, x: Tensor) -> None:
+    with pytest.raises(DNALError, match="inputs alone, and the model returns .*: what it says stands in for"):
+        compress(Several(small), [x], budget=HALF, progress=False)
+
+
 def test_validate_is_a_function_exclude_an_object_optimizer_a_factory(small: nn.Module, batches: Batches) -> None:
     seen: list[nn.Module] = []
 
@@ -218,7 +264,8 @@ MISTAKES = {
     "a path for the loader": (dict(loader="data"), "loader=...) is 'data': give a DataLoader"),
     "a generator": (dict(loader=(batch for batch in [1])), "is a generator: give a DataLoader, or a list of batches"),
     "an empty loader": (dict(loader=[]), "loader=...) gives no batch"),
-    "images alone": (dict(loader=[torch.randn(2, 1, 8, 8)]), "gives a float32 Tensor of shape [2, 1, 8, 8], and"),
+    "images, labels and names": (dict(loader=[(torch.randn(2, 1, 8, 8),) * 3]), "and should give (inputs, targets)"),
+    "images alone to validate": (dict(validate=[torch.randn(2, 1, 8, 8)]), "inputs alone, and the accuracy is of"),
     "other images": (dict(loader=[(torch.randn(2, 3, 8, 8), torch.zeros(2).long())]), "rejects the dummy_input"),
     "a name for the loss": (dict(loss="cross_entropy"), "loss=...) is 'cross_entropy': give a function"),
     "a loss of every example": (dict(loss=nn.CrossEntropyLoss(reduction="none")), "has shape [8]: make one number"),

@@ -11,9 +11,9 @@ USUAL = 0.1  # torch's default: faster than that no norm is made
 class Pace:
     """The momentum of batch norms, raised where their averages are longer than a search.
 
-    A pretrained network often averages over hundreds of batches (TensorFlow's networks: momentum 0.01). In a search, or
-    a fine-tuning, of a few dozen steps its statistics stay those of the uncut network: the cut one then fails in eval
-    mode, whatever it has learned.
+    A pretrained network often averages over hundreds of batches (TensorFlow's networks: momentum 0.01), or over none
+    (networks that were converted: momentum 0). In a search, or a fine-tuning, of a few dozen steps its statistics stay
+    those of the uncut network: the cut one then fails in eval mode, whatever it has learned.
 
     Args:
         model: whose norms are changed by :meth:`raise_`.
@@ -29,7 +29,7 @@ class Pace:
         self.changed: list[tuple[nn.modules.batchnorm._BatchNorm, float]] = []
         for norm in model.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-                if norm.momentum is not None and 0 < norm.momentum < self.least:
+                if norm.momentum is not None and norm.momentum < self.least:
                     self.changed.append((norm, norm.momentum))
 
     def raise_(self) -> None:

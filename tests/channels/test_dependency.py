@@ -3,7 +3,7 @@
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,56 +11,12 @@ import torch.nn.functional as F
 import torch_pruning as tp
 import torchvision
 from torch import Tensor, nn
+from tp_graphs import GRAPH, IMAGE, Function, built, described, verified
 
 from dnal_nni import DNALError
 from dnal_nni.channels import dependency
-from dnal_nni.channels.groups import ChannelGroup, groups_of
-from dnal_nni.modules.layers import kinds, set_kind
+from dnal_nni.channels.groups import groups_of
 from dnal_nni.surgery.slim import slim_copy
-from dnal_nni.surgery.verify import random_keep, verify_and_freeze
-
-GRAPH = "torch-pruning"
-
-
-class Function(nn.Module):
-    """Two convolutions with a function of channels between them; the second reads what the function makes of 8."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.bn, self.function = nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), function
-        self.b = nn.Conv2d(function(torch.zeros(1, 8, 2, 2)).shape[1], 6, 3, 1, 1)
-        self.fc = nn.Linear(6 * 16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.function(torch.relu(self.bn(self.a(x))))
-        return self.fc(torch.relu(self.b(x)).flatten(1))
-
-
-IMAGE = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-
-
-def built(model: nn.Module, x: Tensor = IMAGE, **options: object) -> "tp.DependencyGraph":
-    return tp.DependencyGraph().build_dependency(model, x, verbose=False, **options)
-
-
-def verified(model: nn.Module, x: Tensor, graph: object = GRAPH) -> dict[str, ChannelGroup]:
-    groups = groups_of(model, x, graph)
-    verify_and_freeze(model, groups, x, seconds=60)
-    return {group.name: group for group in groups}
-
-
-def described(groups: list[ChannelGroup]) -> list[tuple]:
-    """What a group is, whatever graph it is from."""
-    return [
-        (
-            g.name,
-            g.site,
-            g.norms,
-            g.frozen is None,
-            [(m.path, m.side, m.channels.tolist(), m.units.tolist(), m.width, m.axis) for m in g.members],
-        )
-        for g in groups
-    ]
 
 
 class Branches(nn.Module):
@@ -403,111 +359,3 @@ def test_a_graph_of_another_input_is_refused_but_the_batch_may_differ() -> None:
     message = r"built for another input: first g\w+ \[2, 3, 16, 16\] there, and \[5, 3, 12, 12\] for the dummy_input"
     with pytest.raises(DNALError, match=message):
         groups_of(model, torch.randn(5, 3, 12, 12), graph)
-
-
-# -- pruning functions ------------------------------------------------------------------------------------------------
-
-
-class Normalised(nn.Module):
-    """Every place divided by its length over the channels, then scaled: torch-pruning's example of a custom layer."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.scale, self.shift = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / x.square().cumsum(1).amax(1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale + self.shift
-
-
-class PruneNormalised(tp.BasePruningFunc):
-    def prune_out_channels(self, layer: Normalised, idxs: list[int]) -> nn.Module:
-        keep = [i for i in range(layer.width) if i not in set(idxs)]
-        layer.width = len(keep)
-        layer.scale, layer.shift = nn.Parameter(layer.scale.data[keep]), nn.Parameter(layer.shift.data[keep])
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: Normalised) -> int:
-        return layer.width
-
-    get_in_channels = get_out_channels
-
-
-class Dense(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
-        self.middle = Normalised(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(self.middle(torch.relu(self.fc2(torch.relu(self.fc1(x))))))
-
-
-@pytest.fixture
-def unregistered() -> Iterator[None]:
-    before = kinds()
-    yield
-    for kind in kinds().keys() - before.keys():
-        set_kind(kind, None)
-
-
-@pytest.mark.usefixtures("unregistered")
-def test_a_layer_is_cut_by_the_function_that_the_graph_has_for_it_and_then_by_ours() -> None:
-    model, x = Dense(), torch.randn(4, 8)
-    assert "runs over the channels in Normalised.forward" in (verified(model, x, None)["fc2"].frozen or "")
-    graph = built(model, x, customized_pruners={Normalised: PruneNormalised()})
-    for source in (graph, None):  # once it is known, our own graph reads the layer as one too
-        groups = verified(model, x, source)
-        assert groups["fc2"].frozen is None
-        assert {m.path for m in groups["fc2"].members} == {"fc2", "middle", "fc3"}
-        slim = slim_copy(model, list(groups.values()), random_keep(list(groups.values())))
-        assert slim.middle.width == slim.middle.scale.numel() == slim.fc2.out_features == slim.fc3.in_features < 16
-
-
-@pytest.mark.usefixtures("unregistered")
-def test_a_function_that_cuts_the_wrong_channels_is_found_out() -> None:
-    class Wrong(PruneNormalised):
-        def prune_out_channels(self, layer: Normalised, idxs: list[int]) -> nn.Module:
-            return super().prune_out_channels(layer, [layer.width - 1 - i for i in idxs])
-
-        prune_in_channels = prune_out_channels
-
-    model, x = Dense(), torch.randn(4, 8)
-    groups = verified(model, x, built(model, x, customized_pruners={Normalised: Wrong()}))
-    assert "would change the output" in (groups["fc2"].frozen or "")
-    assert groups["fc1"].frozen is None
-
-
-def test_torchs_own_layers_keep_their_records() -> None:
-    class Mine(tp.pruner.function.ConvPruner):
-        pass
-
-    model = Function(torch.relu)
-    groups = verified(model, IMAGE, built(model, customized_pruners={nn.Conv2d: Mine()}))
-    assert nn.Conv2d not in kinds()
-    assert groups["a"].frozen is None
-
-
-@pytest.mark.usefixtures("unregistered")
-@pytest.mark.parametrize("axis", [1, 2, 3])
-def test_channels_of_a_users_layer_lie_along_any_axis(axis: int) -> None:
-    class Placed(Normalised):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.movedim(axis, -1)
-            return (x / x.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale).movedim(-1, axis)
-
-    class Moved(Dense):
-        def __init__(self) -> None:
-            super().__init__()
-            self.middle = Placed(16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.fc2(torch.relu(self.fc1(x))))
-            return self.fc3(self.middle(x.view(len(x), 1, 1, -1).movedim(-1, axis)).flatten(1))
-
-    model, x = Moved(), torch.randn(4, 8)
-    groups = verified(model, x, built(model, x, customized_pruners={Placed: PruneNormalised()}))
-    assert groups["fc2"].frozen is None
-    assert {m.path for m in groups["fc2"].members} == {"fc2", "middle", "fc3"}

@@ -184,7 +184,7 @@ def test_the_structure_stands_in_the_last_quarter_and_is_what_is_cut(
 
 @pytest.mark.parametrize(
     ("own", "steps", "expected"),
-    [(0.01, 20, 0.1), (0.01, 500, 0.02), (0.01, 5000, 0.01), (0.1, 20, 0.1), (None, 20, None)],
+    [(0.01, 20, 0.1), (0.01, 500, 0.02), (0.01, 5000, 0.01), (0.0, 20, 0.1), (0.1, 20, 0.1), (None, 20, None)],
 )
 def test_statistics_keep_up_with_a_short_search(
     small: nn.Module, x: Tensor, own: float | None, steps: int, expected: float | None
@@ -201,7 +201,8 @@ def test_statistics_keep_up_with_a_short_search(
     told = any("follow with momentum" in note for note in pruner.report.notes)
     assert told == (own != expected)
     with pruner.search(5000, optimizer=optimizer, progress=False):  # not slower than the norms' own
-        assert [norm.momentum for norm in norms] == [own] * len(norms)
+        slow = None if own is None else max(own, 10 / 5000)
+        assert [norm.momentum for norm in norms] == [slow] * len(norms)
     pruner.unwrap_model()
     assert [norm.momentum for norm in norms] == [own] * len(norms)
 
