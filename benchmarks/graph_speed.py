@@ -261,7 +261,8 @@ def table(path: Path) -> str:
         ratio = memory["construction and speedup"] / memory["training step"]
         cells = [row["construction"], row["speedup"], total, (total - 1) / row["forward"], ratio]
         rows.append([row["network"], row["forward"], *(f"{cell:.1f}" for cell in cells), *peers])
-    head = ["", "forward", "construction", "speedup", "both", "(both - 1 s) / forward", "memory / step", "torch-pruning"]
+    parts = ["construction", "speedup", "both", "(both - 1 s) / forward", "memory / step"]
+    head = ["", "forward", *parts, "torch-pruning"]
     return tabulate(rows, head, tablefmt="github")
 
 
