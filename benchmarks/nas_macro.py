@@ -198,7 +198,7 @@ def report(args: argparse.Namespace) -> None:
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (method, band), each in sorted(runs.items()):
         right, beaten, flops, seconds = zip(*each)
-        spread = f"{statistics.mean(right):.2f} ± {statistics.stdev(right) if len(right) > 1 else float('nan'):.2f}"
+        spread = f"{statistics.mean(right):.2f}" + (f" ± {statistics.stdev(right):.2f}" if len(right) > 1 else "")
         rows.append(
             f"| {method} | {band} | {len(each)} | {spread} | {statistics.mean(beaten):.1f} | "
             f"{statistics.mean(flops):.1f} | {statistics.mean(seconds):.0f} |"
