@@ -19,7 +19,7 @@ from .informed import Informed, only_if_due, rest_of, state_of, take_up
 from .learner import ArchOptimizer
 from .leaves import factors_of
 from .losses import OnlyStep, check_loss, told_of_backward
-from .ranks import broadcast_, check_same, checksum, is_first, mean_, world_size
+from .ranks import broadcast_, check_same, checksum, is_first, mean_, share_state, world_size
 from .statistics import Pace
 
 BINS = 20  # of the gates' histogram in the history
@@ -94,7 +94,7 @@ class Search:
             settings = (self.steps, self.done, self.weights_learn, self.scores.lambda_, checksum(self.model))
             remedy = "load the same weights on every rank, and search with the same arguments"
             check_same("steps, steps done, whether weights learn, lambda and the weights' checksum", settings, remedy)
-            broadcast_(*self.scores.state_dict().values())
+            share_state(self.scores)
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._trainable]
         if not self.saved:

@@ -26,6 +26,7 @@ from .learner import ArchOptimizer
 from .leaves import Leaves
 from .loop import Search
 from .objective import Objective
+from .ranks import mean_
 from .schedule import DELTA_END
 from .scores import SETTLED
 
@@ -215,7 +216,7 @@ class PathSearch(Search):
 
     def before_optimizer_step(self) -> None:
         if self.compared.warmup <= self.done < self.compared.moving and self._paths is not None:
-            losses = torch.stack(self._losses).cpu()
+            losses = mean_(torch.stack(self._losses)).cpu()
             if bool(torch.isfinite(losses).all()):  # a GradScaler skips such steps
                 self.compared.learn(self._paths, losses)
 

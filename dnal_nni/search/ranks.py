@@ -24,9 +24,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Of this process; 0 where it is the only one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this is the process that measures, shows and writes: rank 0, or the only one."""
-    return world_size() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def from_first(compute: Callable[[], T]) -> T:
@@ -76,16 +81,31 @@ def _short(value: object) -> str:
 def mean_(tensor: Tensor) -> Tensor:
     """Replace by the mean over the ranks, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= world_size()
+        moved = _for_the_group(tensor)
+        dist.all_reduce(moved)
+        tensor.copy_(moved / world_size())
     return tensor
+
+
+def _for_the_group(tensor: Tensor) -> Tensor:
+    """``tensor`` on a device that the processes exchange tensors of: NCCL knows those of GPUs alone."""
+    return tensor.cuda() if not tensor.is_cuda and dist.get_backend() == "nccl" else tensor
 
 
 def broadcast_(*tensors: Tensor) -> None:
     """Give ``tensors`` the values that they have on rank 0, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            moved = _for_the_group(tensor)
+            dist.broadcast(moved, src=0)
+            tensor.copy_(moved)
+
+
+def share_state(part: Any) -> None:
+    """Give ``part`` the state that it has on rank 0, by its ``state_dict`` of tensors and ``load_state_dict``."""
+    state = part.state_dict()
+    broadcast_(*state.values())
+    part.load_state_dict(state)  # a generator's state is a copy
 
 
 def checksum(model: nn.Module) -> int:

@@ -1,9 +1,6 @@
 """Several processes: the cases of `ranks_job.py` under torchrun, on two ranks and on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchrun import torchrun
 
 from dnal_nni.search.ranks import broadcast_, check_same, from_first, is_first, mean_, world_size
 
 TESTS = Path(__file__).parents[1]
 Found = list[dict[str, dict[str, Any]]]
-
-
-def torchrun(processes: int, script: Path, *args: str) -> None:
-    """Run to the end, or fail with what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([*command, str(script), *args], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,8 @@ class BoundedStrategy(SpaceStrategy):
 
     def _initialize(self, model_space: Any, engine: Any) -> Any:
         evaluator = checked_evaluator(model_space.evaluator)
+        if (devices := evaluator.trainer.world_size) != 1:
+            raise DNALError(f"the trainer uses {devices} devices: a limit of memory is held on one, devices=1")
         self._candidates = Candidates(model_space.model_space)
         ours = self.inner if isinstance(self.inner, SupernetStrategy) else None
         space: Any = model_space.model_space

@@ -16,7 +16,7 @@ from ...search.controller import Controller
 from ...search.subspace import Holdings, Live, Subspace
 from ..steps import same_random_numbers
 from .holdout import Holdout
-from .searching import check_trainer, loss_in
+from .searching import check_optimizers, loss_in
 
 TOGETHER = 8  # paths that are compared on one batch
 
@@ -84,7 +84,7 @@ class Restricting(Metering):
         return self.rounds * self.batches
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_trainer(trainer)
+        check_optimizers(trainer, pl_module, steps_itself=False)
         self.trainer, self._module = trainer, pl_module
         super().on_train_start(trainer, pl_module)
 

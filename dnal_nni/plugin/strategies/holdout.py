@@ -11,6 +11,7 @@ from nni.nas.evaluator.pytorch import Lightning
 from torch import Tensor
 
 from ...errors import DNALError
+from ...search.ranks import rank, world_size
 from ..steps import same_random_numbers
 
 
@@ -50,13 +51,16 @@ class Holdout:
         self._order: Tensor | None = None  # state of the loader's generator
 
     def batch(self) -> Any:
-        """The next batch."""
+        """The next batch; of several processes, the next ones in turn."""
         with self._apart():
-            for _ in range(2):
-                for batch in self._batches:
-                    self.taken += 1
-                    return batch
-                self._begin(self.passes + 1)
+            return [self._next() for _ in range(world_size())][rank()]
+
+    def _next(self) -> Any:
+        for _ in range(2):
+            for batch in self._batches:
+                self.taken += 1
+                return batch
+            self._begin(self.passes + 1)
         raise DNALError("the evaluator's validation data are empty: the architecture has nothing to learn from")
 
     @contextlib.contextmanager

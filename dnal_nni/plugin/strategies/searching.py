@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from nni.nas.evaluator.pytorch import Lightning
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from ...errors import DNALError
@@ -18,6 +19,7 @@ from ...search.informed import Informed
 from ...search.loop import Search
 from ...search.mixed import MixedSearch
 from ...search.paths import PathSearch
+from ...search.ranks import check_same
 from ..pruner import DNALPruner
 from .holdout import Holdout, Randomness
 
@@ -35,9 +37,14 @@ class Searching(pl.Callback):
         warmup: share of the steps in which only weights learn.
         when: the steps in which gates learn too.
 
+    Where the module steps its optimizers itself (``automatic_optimization = False``), a batch is a step of the search.
+
     Attributes:
         finished: whether gates were learned, and are fixed.
+        steps_itself: whether the training steps may step the optimizers themselves.
     """
+
+    steps_itself = True
 
     def __init__(
         self, pruner: DNALPruner, evaluator: Lightning, warmup: float = 0.0, when: Informed | None = None
@@ -66,7 +73,10 @@ class Searching(pl.Callback):
             raise DNALError(
                 "the search has no known length: give the trainer max_epochs or max_steps, and data a length"
             )
-        check_trainer(trainer)
+        check_optimizers(trainer, pl_module, self.steps_itself)
+        check_devices(trainer)
+        groups = [(group.name, group.site, group.frozen) for group in self.pruner.groups]
+        check_same("the supernet's groups", groups, "make the same model space on every rank")
         self._first = int(self.warmup * steps)
         self._steps = int(steps) - self._first
         self._seen = trainer.global_step
@@ -85,7 +95,8 @@ class Searching(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.search is None and not self.finished and trainer.global_step >= self._first:
+        made = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
+        if self.search is None and not self.finished and made >= self._first:
             session = self.pruner.session
             self.search = session.search(self._steps, weights_learn=True, progress=False, when=self.when)
             self.search.start()
@@ -106,15 +117,18 @@ class Searching(pl.Callback):
             self.search.penalised(loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if self.search is not None:
+        if self.search is not None and pl_module.automatic_optimization:
             self.search.before_optimizer_step()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped, self._seen = trainer.global_step > self._seen, trainer.global_step
-        if self.search is None or not stepped:  # gradients are accumulated
+        by_itself = not pl_module.automatic_optimization
+        if self.search is None or not (stepped or by_itself):  # gradients are accumulated
             return
+        if by_itself:
+            self.search.before_optimizer_step()  # behind the last backward pass, whichever optimizer it was for
         self.search.after_optimizer_step()
         if self.search.done == self.search.scores.moving:
             self._rest()
@@ -159,6 +173,8 @@ class Searching(pl.Callback):
 class PathSearching(Searching):
     """Every training step runs its batch through all paths of a step of the search; its own warmup is the search's."""
 
+    steps_itself = False
+
     def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.search, PathSearch) or self.search.done >= self.search.steps:
             return step(*args, **kwargs)
@@ -183,6 +199,8 @@ class HeldOutSearching(Searching):
         holdout: the data that the architecture learns from.
         when: the steps in which it does; None: as the scores count them.
     """
+
+    steps_itself = False
 
     def __init__(self, pruner: DNALPruner, evaluator: Lightning, holdout: Holdout, when: Informed | None) -> None:
         super().__init__(pruner, evaluator, when=when)
@@ -226,12 +244,55 @@ def around(module: pl.LightningModule, stepped: Callable[..., Any]) -> Iterator[
             module.training_step = own
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
-    """Raise for what is trained on several devices, or by several optimizers."""
-    if trainer.world_size != 1:
-        raise DNALError(f"the trainer uses {trainer.world_size} devices: a search needs one, devices=1")
-    if len(trainer.optimizers) != 1:
-        raise DNALError(f"the evaluator has {len(trainer.optimizers)} optimizers: a search needs one")
+def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule, steps_itself: bool) -> None:
+    """Raise for optimizers that the search cannot go with.
+
+    Args:
+        trainer: that has them.
+        module: that is trained.
+        steps_itself: whether it may step them itself, which it does where there are several.
+    """
+    if module.automatic_optimization:
+        if len(trainer.optimizers) != 1:
+            raise DNALError(f"the evaluator has {len(trainer.optimizers)} optimizers: a search needs one")
+        return
+    if not steps_itself:
+        raise DNALError(
+            f"{type(module).__name__} steps its {len(trainer.optimizers)} optimizers itself "
+            "(automatic_optimization=False): this search runs training_step several times for each step of the "
+            "weights; return the loss and let Lightning step one optimizer, whose parameter groups may have settings "
+            "of their own"
+        )
+    if trainer.max_steps != -1:
+        raise DNALError(
+            f"max_steps={trainer.max_steps} counts the steps of every optimizer, where {type(module).__name__} steps "
+            "them itself (automatic_optimization=False), and a search is as long as its batches: give max_epochs"
+        )
+
+
+def check_devices(trainer: pl.Trainer) -> None:
+    """Raise for several devices that do not each hold the whole supernet, or would wait for closed candidates."""
+    if trainer.world_size == 1:
+        return
+    if not isinstance(trainer.strategy, pl.strategies.DDPStrategy):
+        raise DNALError(
+            f"the trainer shares the work by {type(trainer.strategy).__name__}: a search needs the whole supernet on "
+            'every device, strategy="ddp_find_unused_parameters_true"'
+        )
+    if not getattr(trainer.strategy.model, "find_unused_parameters", True):
+        raise DNALError(
+            "closed candidates do not run, and DistributedDataParallel waits for their gradients: give the trainer "
+            'strategy="ddp_find_unused_parameters_true"'
+        )
+
+
+def check_launched(trainer: pl.Trainer) -> None:
+    """Raise where the trainer trains in processes of its own, and what is found would end with them."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise DNALError(
+            "the trainer spawns or forks the processes that it trains in, and what they find ends with them: start the "
+            'script once for each device, with torchrun, and give strategy="ddp_find_unused_parameters_true"'
+        )
 
 
 def loss_in(output: Any, why: str) -> Tensor:

@@ -24,7 +24,7 @@ from ..pruner import DNALPruner
 from ..space import Space
 from ..steps import same_random_numbers
 from .holdout import Randomness
-from .searching import Searching, around
+from .searching import Searching, around, check_launched
 
 T = TypeVar("T")
 
@@ -138,6 +138,7 @@ class SupernetStrategy(SpaceStrategy, abc.ABC):
         evaluator = self._mutated_model_space.evaluator
         assert isinstance(evaluator, Lightning)
         trainer = evaluator.trainer
+        check_launched(trainer)
         callback = self.searching(evaluator)
         self._epochs = trainer.max_epochs if trainer.max_epochs != -1 else None
         # ahead of those that save checkpoints, and behind the user's
