@@ -138,7 +138,8 @@ class Bench:
         """The trained network, from its file if there is one."""
         torch.manual_seed(seed)
         args, model = self.args, MODELS[self.args.model](10, WIDTH)
-        path = args.dense and args.dense / f"{args.dataset}_{args.model}_{seed}.safetensors"
+        name = f"{args.dataset}_{args.model}_{args.images}x{args.trained}_{seed}.safetensors"
+        path = args.dense and args.dense / name
         if path and path.exists():
             model.load_state_dict(load_file(path))
             return model
