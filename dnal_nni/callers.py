@@ -52,7 +52,8 @@ class Data:
         for batch in itertools.islice(self._each(), steps):
             given += 1
             parts = batch if isinstance(batch, (list, tuple)) else [batch]
-            if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
+            fits = len(parts) == 2 or len(parts) == 1 and not self._is_a_batch()
+            if not fits or not all(isinstance(part, Tensor) for part in parts):
                 raise DNALError(
                     f"compress({self.name}=...) gives {shown(batch)}, and should give (inputs, targets), two tensors, "
                     f"or inputs alone; {_OWN_LOOP}"
@@ -64,6 +65,11 @@ class Data:
                 f"compress({self.name}=...) gives {given} batches, and its len() is {steps}: give it the length that "
                 "it has, by which the search is planned"
             )
+
+    def _is_a_batch(self) -> bool:
+        """Whether what was given for batches is one itself: tensors of different kinds."""
+        given = self.loader if isinstance(self.loader, (list, tuple)) else ()
+        return len({(part.dtype, part.dim()) for part in given if isinstance(part, Tensor)}) > 1
 
     def _each(self) -> Iterator[Any]:
         with told(f"compress({self.name}=...) fails"):

@@ -32,7 +32,6 @@ from ..surgery.inject import check_ungated, is_gated
 from . import config as selection
 from .evaluators import check_evaluator, example_input, search_within
 from .masks import Conflicts, Masks, closed_channels, decide, layer_masks, votes_on
-from .shims import light_wrappers
 from .wrappers import leave_wrapped_norms, plain_names, without_wrappers
 
 # arguments of the constructor whose own checks say more than their types do
@@ -139,13 +138,12 @@ class DNALPruner(_OwnSchedule):
         self._inherited: dict[str, Any] | None = None  # no wrapping yet
         for_nni, selected = selection.split_config(model, selection.without(model, config_list, exclude))
         try:
-            with light_wrappers():
-                super().__init__(model, for_nni, evaluator)
+            super().__init__(model, for_nni, evaluator)
         except (AssertionError, KeyError, SchemaError) as error:
             raise DNALError(f"NNI refuses the config_list: {str(error) or type(error).__name__}") from error
         self.budget, self.preset, self.lambda_, self.verify_seconds = budget, preset, lambda_, verify_seconds
         self.arch_lr, self.channel_multiple = arch_lr, channel_multiple
-        # NNI's own wrappers of our layers are never put on the model
+        # NNI's own wrappers of our layers are never put on the model, and hold two tensors as large as every weight
         self._module_wrappers = self._inherited = dict(existed_wrappers or {})
         self._masked = {path: tuple(spaces) for path, spaces in self._target_spaces.items()}
         self._target_spaces.clear()

@@ -15,7 +15,6 @@ from typing import Any
 import nni
 from nni.compression import LightningEvaluator
 from nni.compression import TransformersEvaluator as NNITransformersEvaluator
-from nni.compression.base import compressor
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -184,30 +183,3 @@ class TransformersEvaluator(NNITransformersEvaluator):
 def _run(tasks: Iterable[Callable[[], Any]]) -> None:
     for task in tasks:
         task()
-
-
-@contextlib.contextmanager
-def light_wrappers() -> Iterator[None]:
-    """Let NNI make wrappers of shapes alone.
-
-    Breaks with large models: a wrapper copies its layer's weight and makes a mask as large (target_space.py, lines 103
-    and 122), in every compressor, whether they are used or not. For VGG-16 that is 1.1 GB.
-    """
-    register = compressor.register_wrappers
-
-    def of_shapes(model: nn.Module, *args: Any) -> Any:
-        layers = [m for m in model.modules() if type(m).__module__.startswith("torch.nn.modules.")]
-        kept = [(layer, name, p) for layer in layers for name, p in layer._parameters.items() if p is not None]
-        try:
-            for layer, name, parameter in kept:
-                layer._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            return register(model, *args)
-        finally:
-            for layer, name, parameter in kept:
-                layer._parameters[name] = parameter
-
-    compressor.register_wrappers = of_shapes
-    try:
-        yield
-    finally:
-        compressor.register_wrappers = register

@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from conftest import CONV, Small
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from nni.compression.base import compressor
 from torch import Tensor, nn
 
 from dnal_nni import Budget, DNALError, DNALPruner, speedup
-from dnal_nni.modules.running import DispatchMode
 from dnal_nni.storage.state import load_state
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -349,38 +347,3 @@ def test_nothing_is_held_that_is_as_large_as_the_weights(small: nn.Module, x: Te
     pruner.harden({name: torch.arange(len(gate.s)) % 2 == 0 for name, gate in pruner.gates.items()})
     assert weights <= held(model) <= held(pruner) < 1.1 * weights
     assert pruner.get_masks()["1"]["weight"].mean() == 0.5
-
-
-class _Made(DispatchMode):
-    """Counts the numbers of the tensors that are made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not out.is_meta and func is not torch.ops.aten.detach.default:
-            self.numbers += out.numel()
-        return out
-
-
-def test_no_wrapper_copies_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the layers have theirs again, also where NNI raises."""
-    model = nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 4))
-    weights = dict(model.named_parameters())
-    register = compressor.register_wrappers
-    seen: list[bool] = []
-
-    def watched(*args: Any) -> Any:
-        seen.append(model[0].weight.is_meta)
-        found = register(*args)
-        assert len(seen) < 2, "of NNI"
-        return found
-
-    monkeypatch.setattr(compressor, "register_wrappers", watched)
-    with _Made() as made:
-        DNALPruner(model, [{"op_types": ["Linear"]}])
-        with pytest.raises(DNALError, match="of NNI"):
-            DNALPruner(model, [{"op_types": ["Linear"]}])
-    assert seen == [True, True] and made.numbers < 512
-    assert all(dict(model.named_parameters())[name] is weight for name, weight in weights.items())
-    assert compressor.register_wrappers is watched
