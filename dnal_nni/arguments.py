@@ -75,12 +75,6 @@ def told_of_names(kind: type[C]) -> type[C]:
     return kind
 
 
-@functools.cache
-def _fields(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields: reading them takes longer than looking at the values."""
-    return get_type_hints(kind)
-
-
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of the type that an annotation says; of what a loop runs over, entries are not looked at.
 
@@ -101,7 +95,7 @@ def fits(value: Any, kind: Any) -> bool:
         parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
         return len(value) == len(parts) and all(map(fits, value, parts))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return isinstance(value, kind) and all(fits(vars(value)[k], part) for k, part in _fields(kind).items())
+        return isinstance(value, kind) and all(fits(vars(value)[k], part) for k, part in get_type_hints(kind).items())
     kind = {float: (int, float), Any: object}.get(kind, origin or kind)
     if not isinstance(kind, (type, tuple)) or getattr(kind, "_is_protocol", False) and kind.__module__ != "typing":
         return True  # a type variable, or what only its use can tell

@@ -221,24 +221,18 @@ def _grouped(traced: Trace | Dependencies) -> list[ChannelGroup]:
         return modules.get(path, modules.get(path.rpartition(".")[0], -1)), path
 
     slots.sort(key=lambda slot: (rank(slot.key[0]), slot.key[1], -1 if slot.key[2] is None else slot.key[2]))
-    # one group for all units in the same layers: whatever its gate leaves open, no layer is left without channels
-    kind, kinds = np.full(labels.max(initial=-1) + 1, -1), 0  # of each unit: the same for those in the same slots
-    for slot in slots:
-        units = slot.units[slot.units >= 0]
-        before, found = np.unique(kind[units], return_inverse=True)
-        kind[units] = kinds + found
-        kinds += len(before)
-    touching: dict[int, list[int]] = defaultdict(list)  # kind -> slots
+    touching: dict[int, list[int]] = defaultdict(list)  # unit -> slots
     for i, slot in enumerate(slots):
-        for one in np.unique(kind[slot.units[slot.units >= 0]]).tolist():
-            touching[one].append(i)
-    by_kind = kind.argsort(kind="stable")
-    numbers, starts = np.unique(kind[by_kind], return_index=True)
-    parts = [(touching[n], units.tolist()) for n, units in zip(numbers, np.split(by_kind, starts[1:])) if n in touching]
+        for unit in np.unique(slot.units[slot.units >= 0]):
+            touching[int(unit)].append(i)
+    # one group for all units in the same layers: whatever its gate leaves open, no layer is left without channels
+    parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for unit, where in touching.items():
+        parts[tuple(where)].append(unit)
     sums = graph.sums(labels)
     made = [
         _make_group(traced, [slots[i] for i in where], units, frozen, [s for u in units for s in sums.get(u, ())])
-        for where, units in parts
+        for where, units in parts.items()
         if any(slots[i].key in graph.producers for i in where)
     ]
     groups = [group for group, _ in made]

@@ -28,8 +28,6 @@ _DEAD = 1e-7  # what moves by less, relative to its size, shows nothing: a wrong
 _BLIND = 1e-4  # no gap larger than this passes for rounding: it could hide a wrong cut
 
 _Dropout = nn.modules.dropout._DropoutNd
-# to look at every operation for what it draws would double the time of a forward in train mode
-_DROPPED_PATHS = {("torchvision.ops.stochastic_depth", "StochasticDepth"), ("timm.layers.drop", "DropPath")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +229,7 @@ def outputs(model: nn.Module, inputs: Any, watch: Collection[str], mode: str, dr
     watched: list[Tensor] = []
     model.train(mode == "train")
     for child in model.modules():
-        if isinstance(child, _Dropout) or (type(child).__module__, type(child).__name__) in _DROPPED_PATHS:
+        if isinstance(child, _Dropout):
             child.eval()
     modules = dict(model.named_modules()) if watch else {}
     handles = [

@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from dnal_nni import DNALPruner
 from dnal_nni.channels.groups import ChannelGroup, find_groups
 from dnal_nni.search.settings import Setting, limits
-from dnal_nni.surgery import compare, verify
+from dnal_nni.surgery import verify
 from dnal_nni.surgery.compare import Comparison, outputs
 from dnal_nni.surgery.precise import in_dtype
 from dnal_nni.surgery.slim import slim_copy, slim_twin
@@ -290,15 +288,6 @@ def test_what_a_forward_draws_is_found_out_as_it_is_drawn() -> None:
     assert passes["counted"] == 2
     assert dropped[3].num_batches_tracked == 1  # not of the pass that was broken off
     torch.testing.assert_close(once[0][0], F.batch_norm(dropped[0](X.double()), None, None, training=True))
-
-
-@pytest.mark.parametrize("path", [torchvision.ops.StochasticDepth(0.5, "row"), timm.layers.DropPath(0.5)])
-def test_known_dropped_paths_draw_nothing(path: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their networks run in train mode as fast as others: not under a look at every operation."""
-    monkeypatch.setattr(compare, "WithoutChance", None)
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), path, nn.BatchNorm2d(8)).double()
-    found = outputs(net, X.double(), (), "train")
-    torch.testing.assert_close(found[0][0], F.batch_norm(net[0](X.double()), None, None, training=True))
 
 
 class DropPath(nn.Module):
