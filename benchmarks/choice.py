@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from cuts import uniform_ranks
+from cuts import by_torch_pruning, uniform_ranks
 from peers import load
 from provenance import provenance
 from safetensors.torch import load_file, save_file
@@ -153,26 +153,6 @@ class Bench:
             path.with_suffix(".log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         return model
 
-    def by_torch_pruning(self, model: nn.Module, image: Tensor, budget: float) -> nn.Module:
-        """Its own pruner and groups, as many of its steps as bring the FLOPs down to the budget."""
-        head = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
-        pruner = tp.pruner.MagnitudePruner(
-            model,
-            image,
-            importance=tp.importance.MagnitudeImportance(),
-            global_pruning=True,
-            pruning_ratio=1.0,
-            iterative_steps=200,
-            ignored_layers=[head],
-            in_channel_groups={},  # its defaults are shared between pruners and written to
-            out_channel_groups={},
-            num_heads={},
-        )
-        aim = budget * measure(model, image).flops
-        while measure(model, image).flops > aim:
-            pruner.step()
-        return model
-
     def cut(self, dense: nn.Module, method: str, budget: float, seed: int, teacher: nn.Module | None) -> nn.Module:
         name, repaired = method.removesuffix(REPAIR), method == "choice" or method.endswith(REPAIR)
         images = torch.cat([images for images, _ in itertools.islice(self.batches(seed, 60), IMAGES // BATCH)])
@@ -206,7 +186,8 @@ class Bench:
         slim, epochs, teacher = copy.deepcopy(dense), self.args.epochs, dense.eval() if name != method else None
         image = self.normalised(self.train.pixels[:1])
         if name == "torch_pruning":
-            slim = self.by_torch_pruning(slim, image, budget)
+            head = [layer for layer in slim.modules() if isinstance(layer, nn.Linear)][-1]
+            slim = by_torch_pruning(slim, image, head, budget)
         elif name != "uncut":
             slim = self.cut(slim, name, budget, seed, teacher)
         if name == "search":

@@ -160,6 +160,26 @@ def torch_pruner(
     )
 
 
+def by_torch_pruning(model: nn.Module, x: Tensor, head: nn.Module, budget: float) -> nn.Module:
+    """Its own magnitude pruner and groups, global: as many of 200 steps as bring the FLOPs down to the budget."""
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        x,
+        importance=tp.importance.MagnitudeImportance(),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=200,
+        ignored_layers=[head],
+        in_channel_groups={},  # its defaults are shared between pruners and written to
+        out_channel_groups={},
+        num_heads={},
+    )
+    aim = budget * measure(model, x).flops
+    while measure(model, x).flops > aim:
+        pruner.step()
+    return model
+
+
 RANKS: dict[str, Callable[[], tp.importance.Importance]] = {
     "tp_magnitude": lambda: tp.importance.MagnitudeImportance(p=2),
     "tp_bn_scale": tp.importance.BNScaleImportance,

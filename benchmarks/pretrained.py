@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from cuts import by_torch_pruning
 from PIL import Image
 from provenance import provenance
 from torch import Tensor, nn
@@ -163,25 +164,6 @@ class Bench:
             pruner.choose(tp.importance.TaylorImportance(), list(itertools.islice(self.batches(seed, 200), 5)))
         return pruner.speedup()
 
-    def by_torch_pruning(self, model: nn.Module, image: Tensor) -> nn.Module:
-        """Its own pruner and groups, as many of its steps as bring the FLOPs down to the budget."""
-        pruner = tp.pruner.MagnitudePruner(
-            model,
-            image,
-            importance=tp.importance.MagnitudeImportance(),
-            global_pruning=True,
-            pruning_ratio=1.0,
-            iterative_steps=200,
-            ignored_layers=[model._fc],
-            in_channel_groups={},  # its defaults are shared between pruners and written to
-            out_channel_groups={},
-            num_heads={},
-        )
-        aim = self.args.budget * measure(model, image).flops
-        while measure(model, image).flops > aim:
-            pruner.step()
-        return model
-
     def run(self, method: str, seed: int) -> dict[str, Any]:
         args, start, found = self.args, time.perf_counter(), dict[str, Any]()
         torch.manual_seed(seed)
@@ -191,7 +173,7 @@ class Bench:
         if name.startswith("uncut"):
             slim = model
         elif name == "torch_pruning":
-            slim = self.by_torch_pruning(model, image)
+            slim = by_torch_pruning(model, image, model._fc, args.budget)
         else:
             pruner = DNALPruner(model, KINDS, dummy_input=image, budget=Budget(flops=args.budget))
             if name in ONE_SHOT:

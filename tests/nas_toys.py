@@ -54,12 +54,14 @@ class Toy(ModelSpace):
 class Plain(ModelSpace):
     """Without a choice of width: whatever single path is found, the space can name it."""
 
+    conv = staticmethod(conv)
+
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 8, 3, 1, 1)
-        self.layer = LayerChoice({"c3": conv(3), "c5": conv(5), "skip": nn.Identity()}, label="layer")
+        self.layer = LayerChoice({"c3": self.conv(3), "c5": self.conv(5), "skip": nn.Identity()}, label="layer")
         self.inputs = InputChoice(2, 1, label="inputs")
-        self.blocks = Repeat(lambda i: conv(3), (1, 3), label="depth")
+        self.blocks = Repeat(lambda i: self.conv(3), (1, 3), label="depth")
         self.fc = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,20 +13,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # NNI wraps every class of torch.nn when it is imported
     from nni.nas.evaluator.pytorch import Classification, DataLoader
-    from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace, Repeat
 
+from nas_toys import Plain
 from ranks_job import digest
 
 from dnal_nni import Budget, DNALError, DNALStrategy, PrimeStrategy, TopologyStrategy
 from dnal_nni.plugin.strategies.supernet import SupernetStrategy
 
+torch.set_default_dtype(torch.float64)  # Adam makes whole steps of what is rounding alone
 BATCH, EPOCHS = 16, 4  # over all ranks
 
 STRATEGIES: dict[str, Callable[[], SupernetStrategy]] = {
@@ -41,20 +42,10 @@ def conv(kernel: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(8, 8, kernel, 1, kernel // 2), nn.ReLU())
 
 
-class Bare(ModelSpace):
+class Bare(Plain):
     """No norms: those know the images of their own rank alone."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, 1, 1)
-        self.layer = LayerChoice({"c3": conv(3), "c5": conv(5), "skip": nn.Identity()}, label="layer")
-        self.inputs = InputChoice(2, 1, label="inputs")
-        self.blocks = Repeat(lambda i: conv(3), (1, 3), label="depth")
-        self.fc = nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.fc(self.blocks(self.inputs([x, self.layer(x)])).mean((2, 3)))
+    conv = staticmethod(conv)
 
 
 def evaluator(devices: int, strategy: str = "ddp_find_unused_parameters_true") -> Any:

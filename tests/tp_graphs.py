@@ -1,12 +1,15 @@
 """What the tests of torch-pruning's graphs share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnal_nni.channels.groups import ChannelGroup, groups_of
+from dnal_nni.modules.layers import kinds, set_kind
 from dnal_nni.surgery.verify import verify_and_freeze
 
 GRAPH = "torch-pruning"
@@ -51,3 +54,28 @@ def described(groups: list[ChannelGroup]) -> list[tuple]:
         )
         for g in groups
     ]
+
+
+class PruneNormalised(tp.BasePruningFunc):
+    """Of a layer with a ``width``, a ``scale`` and a ``shift``, both ``[width]``."""
+
+    def prune_out_channels(self, layer: Any, idxs: list[int]) -> nn.Module:
+        keep = [i for i in range(layer.width) if i not in set(idxs)]
+        layer.width = len(keep)
+        layer.scale, layer.shift = nn.Parameter(layer.scale.data[keep]), nn.Parameter(layer.shift.data[keep])
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.width
+
+    get_in_channels = get_out_channels
+
+
+@pytest.fixture
+def unregistered() -> Iterator[None]:
+    before = kinds()
+    yield
+    for kind in kinds().keys() - before.keys():
+        set_kind(kind, None)

@@ -1,14 +1,12 @@
 """Pruning functions of torch-pruning, for layers of a user's own: cut by them, and then by our own graph."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from tp_graphs import IMAGE, Function, built, verified
+from tp_graphs import IMAGE, Function, PruneNormalised, built, unregistered, verified
 
-from dnal_nni.modules.layers import kinds, set_kind
+from dnal_nni.modules.layers import kinds
 from dnal_nni.surgery.slim import slim_copy
 from dnal_nni.surgery.verify import random_keep
 
@@ -25,21 +23,6 @@ class Normalised(nn.Module):
         return x / x.square().cumsum(1).amax(1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale + self.shift
 
 
-class PruneNormalised(tp.BasePruningFunc):
-    def prune_out_channels(self, layer: Normalised, idxs: list[int]) -> nn.Module:
-        keep = [i for i in range(layer.width) if i not in set(idxs)]
-        layer.width = len(keep)
-        layer.scale, layer.shift = nn.Parameter(layer.scale.data[keep]), nn.Parameter(layer.shift.data[keep])
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: Normalised) -> int:
-        return layer.width
-
-    get_in_channels = get_out_channels
-
-
 class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -50,15 +33,7 @@ class Dense(nn.Module):
         return self.fc3(self.middle(torch.relu(self.fc2(torch.relu(self.fc1(x))))))
 
 
-@pytest.fixture
-def unregistered() -> Iterator[None]:
-    before = kinds()
-    yield
-    for kind in kinds().keys() - before.keys():
-        set_kind(kind, None)
-
-
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures(unregistered.__name__)
 def test_a_layer_is_cut_by_the_function_that_the_graph_has_for_it_and_then_by_ours() -> None:
     model, x = Dense(), torch.randn(4, 8)
     assert "runs over the channels in Normalised.forward" in (verified(model, x, None)["fc2"].frozen or "")
@@ -71,7 +46,7 @@ def test_a_layer_is_cut_by_the_function_that_the_graph_has_for_it_and_then_by_ou
         assert slim.middle.width == slim.middle.scale.numel() == slim.fc2.out_features == slim.fc3.in_features < 16
 
 
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures(unregistered.__name__)
 def test_a_function_that_cuts_the_wrong_channels_is_found_out() -> None:
     class Wrong(PruneNormalised):
         def prune_out_channels(self, layer: Normalised, idxs: list[int]) -> nn.Module:
@@ -95,7 +70,7 @@ def test_torchs_own_layers_keep_their_records() -> None:
     assert groups["a"].frozen is None
 
 
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures(unregistered.__name__)
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_channels_of_a_users_layer_lie_along_any_axis(axis: int) -> None:
     class Placed(Normalised):

@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import torchvision
 from cifar_models import MODELS
 from conftest import CONV
 from torch import Tensor, nn
+from tp_graphs import PruneNormalised, unregistered
 
 from dnal_nni import Budget, DNALError, DNALPruner, load_compressed, measure, save_compressed, speedup
 from dnal_nni.modules.gates import GateState
-from dnal_nni.modules.layers import kinds, set_kind
 
 ALL = [{"op_types": ["Conv2d", "Linear"]}]
 TEN: dict[str, Callable[[], nn.Module]] = {
@@ -193,21 +193,6 @@ class Normalised(nn.Module):
         return x / x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-3) * self.scale + self.shift
 
 
-class PruneNormalised(tp.BasePruningFunc):
-    def prune_out_channels(self, layer: Normalised, idxs: list[int]) -> nn.Module:
-        keep = sorted(set(range(layer.width)) - set(idxs))
-        layer.width = len(keep)
-        layer.scale, layer.shift = nn.Parameter(layer.scale.data[keep]), nn.Parameter(layer.shift.data[keep])
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: Normalised) -> int:
-        return layer.width
-
-    get_in_channels = get_out_channels
-
-
 class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -216,14 +201,6 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(self.middle(torch.relu(self.fc2(torch.relu(self.fc1(x))))))
-
-
-@pytest.fixture
-def unregistered() -> Iterator[None]:
-    before = kinds()
-    yield
-    for kind in kinds().keys() - before.keys():
-        set_kind(kind, None)
 
 
 LOAD = """
@@ -238,7 +215,7 @@ print(slim.middle.width, slim.fc2.out_features, float(slim.eval()(torch.ones(1, 
 """
 
 
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures(unregistered.__name__)
 def test_a_custom_layer_is_cut_saved_and_loaded_without_torch_pruning(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Dense(), torch.randn(4, 8)
@@ -254,8 +231,7 @@ def test_a_custom_layer_is_cut_saved_and_loaded_without_torch_pruning(tmp_path: 
     save_compressed(slim, tmp_path / "slim.safetensors")
 
     source = Path(__file__).read_text()
-    body = source[source.index("class Normalised") : source.index("class PruneNormalised")]
-    body += source[source.index("class Dense") : source.index("@pytest.fixture\ndef unregistered")]
+    body = source[source.index("class Normalised") : source.index("LOAD = ")]
     (tmp_path / "dense.py").write_text("import torch\nfrom torch import Tensor, nn\n\n\n" + body)
     script = LOAD.format(folder=str(tmp_path), file=str(tmp_path / "slim.safetensors"))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
