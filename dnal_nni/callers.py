@@ -48,12 +48,11 @@ class Data:
 
     def batches(self) -> Iterator[tuple[Tensor, Any]]:
         """One epoch, of as many batches as the length says; None for targets where there are none."""
-        steps, given = self.steps(), 0
+        steps, given, sizes = self.steps(), 0, (2,) if self._is_a_batch() else (1, 2)
         for batch in itertools.islice(self._each(), steps):
             given += 1
             parts = batch if isinstance(batch, (list, tuple)) else [batch]
-            fits = len(parts) == 2 or len(parts) == 1 and not self._is_a_batch()
-            if not fits or not all(isinstance(part, Tensor) for part in parts):
+            if len(parts) not in sizes or not all(isinstance(part, Tensor) for part in parts):
                 raise DNALError(
                     f"compress({self.name}=...) gives {shown(batch)}, and should give (inputs, targets), two tensors, "
                     f"or inputs alone; {_OWN_LOOP}"

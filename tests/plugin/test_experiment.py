@@ -75,7 +75,7 @@ class Sandbox:
                         found.add(c.laddr.ip)
         return found
 
-    def wait(self, condition: Callable[[], object], seconds: float = 180) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s"
