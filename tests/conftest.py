@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ class Small(nn.Module):
         y = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(y)) + x)
         return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def defaults() -> Iterator[None]:
+    """No test, and no module that tests import, leaves torch other than it was for the next one."""
+    yield
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from ranks_job import digest
 from dnal_nni import Budget, DNALError, DNALStrategy, PrimeStrategy, TopologyStrategy
 from dnal_nni.plugin.strategies.supernet import SupernetStrategy
 
-torch.set_default_dtype(torch.float64)  # Adam makes whole steps of what is rounding alone
 BATCH, EPOCHS = 16, 4  # over all ranks
 
 STRATEGIES: dict[str, Callable[[], SupernetStrategy]] = {
@@ -65,6 +65,18 @@ def evaluator(devices: int, strategy: str = "ddp_find_unused_parameters_true") -
     )  # fmt: skip
 
 
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Adam makes whole steps of what is rounding alone."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@double_precision()
 def searched(name: str, devices: int) -> tuple[dict[str, Any], nn.Module]:
     """What is the same on every rank, and the network found."""
     torch.manual_seed(0)
