@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from zoo import ROOT, Record, plain, run_isolated, run_many
+from zoo import ROOT, run_isolated, run_many
 from zoo_models import MODELS, Entry
+from zoo_one import Record, plain
 
 from dnal_nni import Budget, DNALError, measure
 from dnal_nni.plan import Plan

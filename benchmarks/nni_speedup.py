@@ -42,7 +42,7 @@ from nni.compression.pruning import (
 )
 from provenance import commit
 from torch import Tensor, nn
-from zoo import randomise
+from zoo_one import randomise
 
 from dnal_nni import DNALError, measure, speedup
 from dnal_nni.channels.groups import find_groups

@@ -24,23 +24,9 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from zoo import (
-    CRITERIA_RESULTS,
-    EXACT,
-    VERIFY_SECONDS,
-    WALL_SECONDS,
-    Record,
-    count_flops,
-    forward,
-    plain,
-    randomise,
-    relative_gap,
-    run_isolated,
-    run_many,
-    set_mode,
-    worker,
-)
+from zoo import CRITERIA_RESULTS, WALL_SECONDS, run_isolated, run_many, worker
 from zoo_models import MODELS, Entry
+from zoo_one import EXACT, VERIFY_SECONDS, Record, count_flops, forward, plain, randomise, relative_gap, set_mode
 
 from dnal_nni import Budget
 from dnal_nni.plan import Plan

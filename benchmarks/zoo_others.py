@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from zoo import ROOT, VERIFY_SECONDS, load, run_isolated, run_many, run_model, worker
+from zoo import ROOT, load, run_isolated, run_many, worker
 from zoo_models import Entry
+from zoo_one import VERIFY_SECONDS, run_model
 from zoo_table import commits, summary
 
 RESULTS = ROOT / "benchmarks" / "results" / "zoo_others.jsonl"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from dnal_nni.report.record import GroupReport, Report
 
@@ -37,6 +38,23 @@ class Small(nn.Module):
         y = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(y)) + x)
         return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Odd(nn.Module):
+    """A computed weight, tied layers, and a buffer of one entry a channel that is in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Linear(8, 8)
+        self.d = nn.Linear(8, 8)
+        self.d.weight = self.c.weight
+        self.register_buffer("scale", torch.linspace(1, 2, 8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.b(torch.relu(self.a(x)) * self.scale.view(-1, 1, 1)))
+        return self.d(torch.tanh(self.c(y.mean((2, 3)))))
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,10 @@ from dnal_nni.surgery.slim import Keep, slim_copy
 timm = pytest.importorskip("timm")
 
 import zoo  # noqa: E402
-from zoo import WALL_SECONDS, Record, explain, run_isolated, run_model  # noqa: E402
+import zoo_one  # noqa: E402
+from zoo import WALL_SECONDS, run_isolated  # noqa: E402
 from zoo_models import EXPECTED_TO_SHRINK, MODELS, NOTES, families  # noqa: E402
+from zoo_one import Record, explain, reason_class, run_model  # noqa: E402
 from zoo_table import NEAR, SHRUNK, bar_summary  # noqa: E402
 
 FAST = (
@@ -125,7 +127,7 @@ def test_a_wrong_cut_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def reversed_cut(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> nn.Module:
         return slim_copy(model, groups, {name: mask.flip(0) for name, mask in keep.items()})
 
-    monkeypatch.setattr(zoo, "slim_copy", reversed_cut)  # as many channels, but others
+    monkeypatch.setattr(zoo_one, "slim_copy", reversed_cut)  # as many channels, but others
     record = run_model(MODELS["mobilenet_v3_small"])
     assert record["status"] == "inexact" and min(record["relative"].values()) > 1e-3
 
@@ -178,5 +180,5 @@ def test_the_table_has_a_row_for_every_outcome(tmp_path: Path) -> None:
 
 
 def test_reasons_have_classes() -> None:
-    assert zoo.reason_class("not verified within verify_seconds=30") == "not verified in time"
-    assert zoo.reason_class("layer4.0.fn: a new reason with 3 words (of 4)") == "a new reason with words"
+    assert reason_class("not verified within verify_seconds=30") == "not verified in time"
+    assert reason_class("layer4.0.fn: a new reason with 3 words (of 4)") == "a new reason with words"
