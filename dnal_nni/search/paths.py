@@ -33,7 +33,7 @@ from .scores import SETTLED
 RIDGE = 1.0  # observations' worth of doubt about every candidate
 # A candidate that learns is trained in one path of several, and its loss flatters those that need not learn: poolings
 # and shortcuts, which are free, win everywhere. Sets are compared that spend at least this share of what can be spent.
-SPENT = 0.85
+SPENT = 0.95
 PRICES = 33  # prices at which sets are tried ahead of exchanges
 EXCHANGED = 60  # dearer ones, and as many cheaper ones, of which pairs are exchanged
 
