@@ -81,12 +81,15 @@ def _as_many(labels: np.ndarray, first: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _along_one_axis(sizes: Sequence[StoredSize], labels: np.ndarray) -> Iterator[tuple[StoredSize, np.ndarray]]:
-    """Those that count channels one by one, and these; first those of which it is known where they were read."""
+    """Those that count channels, and these; first those of which it is known where they were read.
+
+    Any other number must count them one by one: it may be of an axis such as batch times heads.
+    """
     for stored in sorted(sizes, key=lambda stored: stored.attribute is None):
         if varying_axes(stored.ids.numpy(), labels) != (stored.axis,):
             continue
         line = stored.ids.movedim(stored.axis, 0).reshape(stored.ids.shape[stored.axis], -1)[:, 0].numpy()
-        if len(np.unique(line[line >= 0])) == (line >= 0).sum():  # not an axis such as batch times heads
+        if stored.attribute or len(np.unique(line[line >= 0])) == (line >= 0).sum():
             yield stored, line
 
 

@@ -106,6 +106,23 @@ class NumFlatFeatures(nn.Module):
 
 
 @block()
+class StoredFlatFeatures(nn.Module):
+    """The same as an attribute: positions times channels, channels first, last (as CREPE has it), and a layer's own."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.features, self.spatial = c * 64, 64
+        self.first, self.last, self.own = (nn.Conv2d(c, c, 3, padding=1) for _ in range(3))
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(self.features, 8) for _ in range(3))
+        self.size = c * self.spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.fc1(self.first(x).view(-1, self.features))
+        last = self.fc2(self.last(x).permute(0, 2, 3, 1).reshape(-1, self.size))
+        return first + last + self.fc3(self.own(x).view(-1, self.fc3.in_features))
+
+
+@block()
 class WhatIsLeft(nn.Module):
     """Parts by an attribute and by what is left, and by a fraction."""
 

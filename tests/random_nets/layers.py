@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from .modules import Bare, ChannelsLast, Dropping, Fn, FunctionalConv, FunctionalNorm, Residual, StandardisedConv2d
@@ -229,10 +229,24 @@ def upsample(x: Value, *, mode: str = "nearest") -> Made:
     return nn.Upsample(scale_factor=2, mode="nearest" if mode == "nearest" else linear_mode)
 
 
-@ingredient(often=2, form=st.sampled_from(("flatten", "view")))
+class StoredFlat(nn.Module):
+    """Flat to a number of features that it knows, channels first or last."""
+
+    def __init__(self, features: int, last: bool) -> None:
+        super().__init__()
+        self.features, self.last = features, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.movedim(1, -1) if self.last else x).reshape(-1, self.features)
+
+
+@ingredient(often=2, form=st.sampled_from(("flatten", "view", "stored", "stored, last")))
 def flatten(x: Value, *, form: str = "flatten") -> Made:
-    if x.kind == "vector" or x.tensor[0].numel() > 1024:
+    features = x.tensor[0].numel()
+    if x.kind == "vector" or features > 1024:
         return None
+    if form.startswith("stored"):
+        return StoredFlat(features, form.endswith("last")), "vector"
     return (nn.Flatten() if form == "flatten" else Fn(lambda x: x.view(len(x), -1))), "vector"
 
 

@@ -127,6 +127,11 @@ PRUNABLE: dict[str, tuple[Program, list[str]]] = {
     "pixel shuffle": (Program((op("conv", width=16), op("pixel"), LAST)), FIRST),
     "pixel unshuffle": (Program((op("conv", width=6), op("pixel", up=False), LAST)), FIRST),
     "flatten": (Program((C, op("flatten"), op("linear", act="relu")), size=4), ["conv0.conv", "linear2.linear"]),
+    "flatten to a stored size": (Program((C, op("flatten", form="stored"), op("linear")), size=4), ["conv0.conv"]),
+    "flatten to a stored size, channels last": (
+        Program((C, op("flatten", form="stored, last"), op("linear")), size=4),
+        ["conv0.conv"],
+    ),
     "flatten by view": (Program((C, op("flatten", form="view"), op("linear")), size=4), ["conv0.conv"]),
     "pooling": (
         Program((C, op("pool"), C, op("pool", kind="avg"), C, op("pool", kind="adaptive"), LAST)),
