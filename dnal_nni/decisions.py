@@ -57,5 +57,5 @@ def chosen(
         if any(group.choice for group in plan.active):
             raise DNALError("choose(): the model is a supernet, and only a search compares candidates: call search()")
         losses = removal_losses(model, plan.active, gates, batches, loss)
-        scores, floor = worth(losses, objective.whole), list(objective.limits.least)
+        scores, floor = worth(losses, objective.whole, plan.sizes), list(objective.limits.least)
     return plan.by_group(cut(objective, scores, floor, lambda units: plan.cost_of(units, model)))

@@ -27,6 +27,7 @@ from .fisher import FactorCalls, Factors, gate_losses, noise_in
 SAMPLES = 64  # that the diagonal is of, where a group has no such layers
 HOLD = 2**27  # numbers of covariances at a time
 STAGES = 32  # a round removes one in so many of the units that are left
+DEPLETED = 2  # power of how much less of a group is left; of 0, 1 and 2 it ends best where little may stay
 
 
 def removal_losses(
@@ -86,9 +87,29 @@ def removal_losses(
     return torch.cat([losses for losses in found if losses is not None])
 
 
-def worth(losses: Tensor, costs: Tensor) -> Tensor:
-    """What removals cost, for what each unit costs: ``[units]``, as both are."""
-    return losses / costs.cpu().clamp(min=1e-3 * float(costs.mean()))
+def worth(losses: Tensor, costs: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What removals cost, for what each unit costs: ``[units]``, as both are.
+
+    Losses are of one group at a time, all else whole. Cut hard, layers are a chain: what one of them has stopped
+    telling none behind it can tell. So each unit counts for more, the less of its group is left by then: a group that
+    loses ``T`` in all and ``L`` ahead of the unit, for ``(1 - L / T) ** (-DEPLETED * p)`` times its loss. ``p`` is how
+    much of what the network tells passes through the group: its ``T`` by the mean of all, at most 1. It is small on
+    the branch of a residual block, past which the rest goes, and which may end with a single channel.
+
+    Args:
+        losses: of :func:`removal_losses`, ``[units]``.
+        costs: of each unit in the uncut network, ``[units]``.
+        sizes: of the groups.
+    """
+    parts = losses.split(list(sizes))
+    mean = torch.stack([part.sum() for part in parts]).mean().clamp(min=1e-300)
+    found = []
+    for part in parts:
+        ordered, order = part.sort(stable=True)
+        left = (ordered.flip(0).cumsum(0).flip(0) / ordered.sum().clamp(min=1e-300)).clamp(min=1e-9)
+        scarce = left ** (-DEPLETED * min(1.0, float(part.sum() / mean)))
+        found.append(torch.empty_like(part).scatter(0, order, ordered * scarce))
+    return torch.cat(found) / costs.cpu().clamp(min=1e-3 * float(costs.mean()))
 
 
 def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:

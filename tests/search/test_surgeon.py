@@ -11,7 +11,7 @@ from dnal_nni import Budget, DNALError
 from dnal_nni.plan import Plan
 from dnal_nni.search import fisher
 from dnal_nni.search.criteria import Loss
-from dnal_nni.search.surgeon import removal_losses
+from dnal_nni.search.surgeon import removal_losses, worth
 from dnal_nni.session import Session
 
 
@@ -137,6 +137,39 @@ def test_choose_hits_the_budget_and_repair_brings_the_function_back() -> None:
     with torch.no_grad():
         error = (slim(x) - model(x)).square().mean() / model(x).square().mean()
     assert float(error) < 1e-6
+
+
+def test_units_count_for_more_the_less_of_their_group_is_left() -> None:
+    losses = [0.1, 0.4, 0.2, 0.3, 5.0, 0.0, 3.0, 0.02, 0.02]
+    found = worth(torch.tensor(losses, dtype=torch.float64), torch.full((9,), 2.0), [4, 3, 2])
+    mean = (1.0 + 8.0 + 0.04) / 3
+    expected = []
+    for part in (losses[:4], losses[4:7], losses[7:]):
+        whole = sum(part)
+        for i, loss in enumerate(part):
+            gone = sum(other for j, other in enumerate(part) if (other, j) < (loss, i))
+            expected.append(loss / 2 * (1 - gone / whole) ** (-2 * min(1, whole / mean)))
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_no_layer_of_a_chain_is_left_a_bottleneck_and_a_branch_may_be() -> None:
+    """One layer costs a hundred times as much: at so small a budget it alone would go, to the last channel."""
+    each = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
+    costs = torch.cat([torch.full((64,), cost) for cost in (1.0, 100.0, 1.0)]).double()
+
+    def left(scores: Tensor) -> int:
+        """Of the dear one, where half of all that there is stays."""
+        stay = scores.argsort(descending=True)[:96]
+        return int(((stay >= 64) & (stay < 128)).sum())
+
+    chain, branch = torch.cat([each, each, each]), torch.cat([each, 0.02 * each, each])
+    assert left(chain / costs) == 0
+    assert left(worth(chain, costs, [64, 64, 64])) >= 4
+    assert left(worth(branch, costs, [64, 64, 64])) == 0
+
+
+def test_zero_losses_have_an_order_without_nan() -> None:
+    assert worth(torch.zeros(5).double(), torch.ones(5), [2, 3]).tolist() == [0.0] * 5
 
 
 def test_refusals() -> None:
