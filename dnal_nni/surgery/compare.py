@@ -53,6 +53,8 @@ class Gap:
 def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1) -> Any:
     """Standard normal data in the form of ``dummy_input``, floating tensors in ``dtype``, a batch of one made three.
 
+    Of volumes, which are large, it is made two.
+
     Args:
         dummy_input: a tensor, or tensors in lists, tuples and dicts.
         dtype: of the result.
@@ -62,7 +64,7 @@ def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1) -> Any:
 
     def convert(x: Tensor) -> Tensor:
         if x.dim() > 1:
-            x = torch.cat([x] * (max(3, times) if x.shape[0] == 1 else times))
+            x = torch.cat([x] * (max(2 if x.dim() > 4 else 3, times) if x.shape[0] == 1 else times))
         if not x.is_floating_point():
             return x
         return torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device)

@@ -104,22 +104,31 @@ def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     if x.dim() < weight.dim():
         return _by_taps(conv, x[None], weight, bias)[0]
     space = _space(conv, x, weight)
-    x = _padded(conv, x)
-    batch, groups = len(x), conv.groups
-    out = x.new_zeros(batch, len(weight), *space)
+    out = x.new_zeros(len(x), len(weight), *space)
+    at_once = 1 if len(space) == 3 else max(1, len(x))  # samples: volumes are large, and are copied
+    for first in range(0, len(x), at_once):
+        some = slice(first, first + at_once)
+        _add_taps(conv, _padded(conv, x[some]), weight, out[some])
+    return out if bias is None else out.add_(bias.view(-1, *[1] * len(space)))
+
+
+def _add_taps(conv: Any, x: Tensor, weight: Tensor, sums: Tensor) -> None:
+    """Add the convolution of ``x``, padded, with ``weight`` to ``sums [B, out, *space]``."""
+    batch, groups, space = len(x), conv.groups, sums.shape[2:]
     each = weight.view(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel], per group
+    depthwise = each.shape[1:3] == (1, 1)
+    copied = x.new_empty(0 if depthwise else (batch, x.shape[1], *space))  # or an allocator holds a copy a tap
     for tap in itertools.product(*map(range, weight.shape[2:])):
         starts = [i * d for i, d in zip(tap, conv.dilation)]
         places = (slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, space, conv.stride))
         seen = x[(_ALL, _ALL) + tuple(places)]
         factor = each[(_ALL, _ALL, _ALL) + tap]
-        if factor.shape[1:] == (1, 1):
-            out.addcmul_(seen, factor.view(-1, *[1] * len(space)))
+        if depthwise:
+            sums.addcmul_(seen, factor.view(-1, *[1] * len(space)))
         else:
-            seen = seen.reshape(batch * groups, factor.shape[2], -1)
+            rows = copied.copy_(seen).view(batch * groups, factor.shape[2], -1)
             factor = factor.expand(batch, -1, -1, -1).reshape(batch * groups, *factor.shape[1:])
-            out.view(batch * groups, factor.shape[1], -1).baddbmm_(factor, seen)
-    return out if bias is None else out.add_(bias.view(-1, *[1] * len(space)))
+            sums.view(batch * groups, factor.shape[1], -1).baddbmm_(factor, rows)
 
 
 def _space(conv: Any, x: Tensor, weight: Tensor) -> tuple[int, ...]:
