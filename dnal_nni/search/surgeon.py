@@ -27,7 +27,7 @@ from .fisher import FactorCalls, Factors, gate_losses, noise_in
 SAMPLES = 64  # that the diagonal is of, where a group has no such layers
 HOLD = 2**27  # numbers of covariances at a time
 STAGES = 32  # a round removes one in so many of the units that are left
-DEPLETED = 2  # power of how much less of a group is left; of 0, 1 and 2 it ends best where little may stay
+DEPLETED = 2  # power of how much less of a group is left
 
 
 def removal_losses(

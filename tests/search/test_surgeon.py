@@ -152,7 +152,7 @@ def test_units_count_for_more_the_less_of_their_group_is_left() -> None:
     assert found.tolist() == pytest.approx(expected)
 
 
-def test_no_layer_of_a_chain_is_left_a_bottleneck_and_a_branch_may_be() -> None:
+def test_a_dear_layer_of_a_chain_keeps_some_and_a_branch_need_not() -> None:
     """One layer costs a hundred times as much: at so small a budget it alone would go, to the last channel."""
     each = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
     costs = torch.cat([torch.full((64,), cost) for cost in (1.0, 100.0, 1.0)]).double()
