@@ -17,6 +17,7 @@ from ..modules.chance import WithoutChance
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded
 from .changes import newly_baked
 from .precise import in_dtype
+from .sizes import is_large
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|, by the dtype of the comparison."""
@@ -50,21 +51,20 @@ class Gap:
         return Gap(worst[0], worst[1], self.equal and other.equal)
 
 
-def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1) -> Any:
-    """Standard normal data in the form of ``dummy_input``, floating tensors in ``dtype``, a batch of one made three.
-
-    Of volumes, which are large, it is made two.
+def example_like(dummy_input: Any, dtype: torch.dtype, times: int = 1, least: int = 3) -> Any:
+    """Standard normal data in the form of ``dummy_input``, floating tensors in ``dtype``.
 
     Args:
         dummy_input: a tensor, or tensors in lists, tuples and dicts.
         dtype: of the result.
         times: how many times as large a batch.
+        least: what a batch of one is made, if that is more.
     """
     generator = torch.Generator().manual_seed(0)
 
     def convert(x: Tensor) -> Tensor:
         if x.dim() > 1:
-            x = torch.cat([x] * (max(2 if x.dim() > 4 else 3, times) if x.shape[0] == 1 else times))
+            x = torch.cat([x] * (max(least, times) if x.shape[0] == 1 else times))
         if not x.is_floating_point():
             return x
         return torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device)
@@ -109,11 +109,13 @@ class Comparison:
 
     Attributes:
         expected: what the gated network returned last, and what its watched layers did.
+        several: the same, of the last batch of more than one example.
     """
 
     def __init__(self, gated: nn.Module, dtype: torch.dtype) -> None:
         self.gated = gated
         self.expected: Outputs = ([], [])
+        self.several: Outputs = ([], [])
         self._draws: set[str] = set()
         self._dtype = dtype
         self._values = values = [VALUES]  # that batch norms average over, counted in eval mode
@@ -142,11 +144,13 @@ class Comparison:
         if mode == "eval":
             self._values[:] = [VALUES]
         elif min(self._values) < VALUES:
-            batches.insert(0, example_like(inputs, self._dtype, -(-VALUES // max(1, min(self._values)))))
+            batches.insert(0, example_like(inputs, self._dtype, -(-VALUES // max(1, min(self._values))), least=1))
         for batch in batches:  # a model may insist on its batch size
             expected = _reference(self.gated, batch, watch, mode, self._draws)
             if expected is not None:
                 self.expected = expected
+                if any(x.dim() > 0 and len(x) > 1 for x in flatten_tensors(batch)):
+                    self.several = expected
                 gap = _gap(expected, outputs(slim, batch, watch, mode, self._draws), returned)
                 within = TOLERANCE.get(self._dtype, 5e-2)
                 if within < gap.relative <= _BLIND:
@@ -191,7 +195,7 @@ def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[fl
         DNALError: the cut network does not run, or computes something else.
     """
     native = floating_dtype(gated)
-    inputs = example_like(dummy_input, native)
+    inputs = example_like(dummy_input, native, least=1 if is_large(dummy_input) else 3)
     for dtype in dict.fromkeys((torch.float64, native)):
         try:
             comparison = Comparison(in_dtype(gated, dtype), dtype)

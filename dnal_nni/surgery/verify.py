@@ -20,11 +20,12 @@ from ..modules.running import FORWARD_ERRORS, clone, raised_in, twin
 from .compare import Comparison, example_like, outputs, responds, unmoved
 from .inject import attach
 from .precise import in_dtype
-from .sizes import numel, other_sizes
+from .sizes import is_large, numel, other_sizes
 from .slim import Keep, slim_twin
 
 SECONDS = 60.0  # limit of all comparisons, where none is given
 STEPS = 40  # comparisons that there is time for then in any case
+
 
 def whole_outputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[str]:
     """Layers that keep all their output channels: what they compute must stay the same."""
@@ -152,8 +153,10 @@ class _Verification:
 
     def _take_form(self, dtype: torch.dtype) -> None:
         self.form, self.dtype = _perturbed(self.model, dtype), dtype
-        self.full = example_like(self.dummy_input, dtype)
+        self.full = example_like(self.dummy_input, dtype, least=2 if is_large(self.dummy_input) else 3)
         self.others = other_sizes(self.full)  # those that may do as a second size
+        if self.others and is_large(self.dummy_input):  # several examples are seen there
+            self.full = example_like(self.dummy_input, dtype, least=1)
         self.comparison: Comparison | None = None
 
     @property
@@ -200,6 +203,8 @@ class _Verification:
             del self.others[0]
             while self.others and not self._runs(self.others[0]):
                 del self.others[0]
+            if not self.others and is_large(self.dummy_input):
+                self.full = example_like(self.dummy_input, self.dtype, least=2)
         elif self.dtype is torch.float64:
             self._take_form(torch.float32)
         elif inputs is not self.dummy_input:
@@ -231,7 +236,7 @@ class _Verification:
         if len(inputs) == 1 and next(self.form.buffers(), None) is not None:
             steps.append(_Step(inputs[0], "eval"))  # with the statistics that training has left
         failure = self._compare(active, random, steps)
-        if failure is None and self.comparison is not None and not responds(self.comparison.expected):
+        if failure is None and self.comparison is not None and not responds(self.comparison.several):
             random = random_keep(active, 0.0, self.trials)  # dead channels prove nothing: nearly the whole network
             failure = self._compare(active, random, steps)
         alone = {g.name: _alone(random[g.name], max(1, g.least)) for g in active}

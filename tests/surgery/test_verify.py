@@ -25,27 +25,33 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ALL = [{"op_types": ["Conv2d"]}]
 
 passes: Counter[str] = Counter()  # forward passes of a Stack, by mode
+shapes: set[tuple[int, ...]] = set()  # of what it was given
 
 
 @pytest.fixture(autouse=True)
 def count_anew() -> Iterator[None]:
     passes.clear()
+    shapes.clear()
     yield
 
 
 class Stack(nn.Module):
     """Convolutions one behind the other. ``bad`` ones are multiplied by the number of channels, which no trace sees."""
 
-    def __init__(self, layers: int, bad: Sequence[int] = (), width: int = 8, pause: Callable[[], Any] = int) -> None:
+    def __init__(
+        self, layers: int, bad: Sequence[int] = (), width: int = 8, pause: Callable[[], Any] = int,
+        conv: Any = nn.Conv2d,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else width, width, 3, padding=1) for i in range(layers))
-        self.head = nn.Conv2d(width, 2, 1)
+        self.convs = nn.ModuleList(conv(3 if i == 0 else width, width, 3, padding=1) for i in range(layers))
+        self.head = conv(width, 2, 1)
         self.bad, self.pause = bad, pause
         for conv in self.convs:  # or little arrives behind many of them
             nn.init.kaiming_normal_(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         passes["train" if self.training else "eval"] += 1
+        shapes.add(tuple(x.shape))
         for i, conv in enumerate(self.convs):
             self.pause()
             x = torch.relu(conv(x))
@@ -57,6 +63,7 @@ class Stack(nn.Module):
 def verified(net: nn.Module, x: Any = X, seconds: float = 60.0) -> tuple[list[ChannelGroup], int]:
     groups = find_groups(net, x)
     passes.clear()
+    shapes.clear()
     return groups, verify_and_freeze(net, groups, x, seconds)
 
 
@@ -251,6 +258,40 @@ def test_a_model_that_takes_one_size_only() -> None:
     net = nn.Sequential(Stack(3), nn.Flatten(), nn.Linear(2 * 16 * 16, 3))
     groups, trials = verified(net)
     assert not whole(groups) and trials == 2  # the first one was of an input that the model does not take
+
+
+VOLUME = torch.randn(1, 3, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_of_volumes_one_is_compared_at_full_size_and_several_at_another() -> None:
+    groups, trials = verified(Stack(3, conv=nn.Conv3d), VOLUME)
+    assert not whole(groups) and trials == 1
+    assert shapes == {(1, 3, 8, 8, 8), (2, 3, 4, 4, 4)}
+
+
+def test_a_volume_beside_a_vector_has_as_many_of_both() -> None:
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack, self.facts = Stack(2, conv=nn.Conv3d), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor, facts: Tensor) -> Tensor:
+            assert x.dtype is torch.float64 or not tracing
+            return self.stack(x).mean((2, 3, 4)) + self.facts(facts)
+
+    net, tracing = Scan(), False
+    groups = find_groups(net, (VOLUME, torch.randn(1, 5)))
+    tracing = True  # in float64 from here on
+    verify_and_freeze(net, groups, (VOLUME, torch.randn(1, 5)), 60.0)
+    assert not whole(groups)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_volumes_that_die_under_the_first_masks_prove_nothing(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Stack(24, bad=[16], width=4, conv=nn.Conv3d)
+    assert list(whole(verified(net, VOLUME)[0])) == ["convs.16"]
 
 
 @pytest.mark.parametrize("batch", [2, 3])
