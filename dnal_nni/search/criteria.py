@@ -15,6 +15,7 @@ from ..channels.tp_groups import dependency_groups, rooted, roots
 from ..errors import DNALError
 from ..modules.gates import ChannelFactor, GateState
 from ..modules.running import FORWARD_ERRORS
+from .samples import samples_of
 
 if TYPE_CHECKING:
     from ..channels.dependency import Group
@@ -193,14 +194,3 @@ def _prepared(model: nn.Module, criterion: Any, batches: Iterable[Any] | None, l
         if not number:
             raise DNALError("batches is empty: give at least one, or None")
     yield
-
-
-def samples_of(batch: Any) -> Iterator[Any]:
-    """A batch in batches of one."""
-    if isinstance(batch, Tensor):
-        yield from batch.split(1)
-    elif isinstance(batch, Mapping):
-        for values in zip(*map(samples_of, batch.values())):
-            yield dict(zip(batch, values))
-    else:
-        yield from zip(*map(samples_of, batch))

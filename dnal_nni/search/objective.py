@@ -74,9 +74,7 @@ class Objective:
             self.owner = torch.tensor(pools)[self.group_of]
             self.targets = torch.tensor(kept, dtype=torch.float64) / self.owner.bincount()
         self.pool_sizes = self.owner.bincount()
-        g = torch.ones(len(self.group_of), dtype=torch.float64, requires_grad=True)
-        with torch.enable_grad():
-            (self.whole,) = torch.autograd.grad(self.relative(g).sum(), g)
+        self.whole = self.unit_costs(torch.ones(len(self.group_of), dtype=torch.bool))
 
     def to(self, device: torch.device | str) -> Objective:
         """Move to a device, in place."""
@@ -99,6 +97,13 @@ class Objective:
             open_units = g.new_zeros(*g.shape[:-1], len(self.targets)).index_add(-1, self.owner, g)
             return open_units / self.pool_sizes
         return self._tightest({kind: getattr(self.cost, kind)(g) for kind in self.fractions}).unsqueeze(-1)
+
+    def unit_costs(self, units: Tensor) -> Tensor:
+        """What each unit costs, or would cost, in the network of these (bool ``[units]``): float64 ``[units]``."""
+        g = units.double().requires_grad_()
+        with torch.enable_grad():
+            costs: Tensor = torch.autograd.grad(self.relative(g).sum(), g)[0]
+        return costs
 
     def measured(self, size: Complexity) -> float:
         """The same of a network that was measured."""

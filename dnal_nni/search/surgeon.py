@@ -19,15 +19,15 @@ from ..arguments import shown
 from ..channels.groups import ChannelGroup
 from ..errors import DNALError, told
 from ..modules.gates import ScaledSigmoidGate
-from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, seeded
+from ..modules.running import FORWARD_ERRORS, call, seeded
 from ..surgery.layer_calls import COLUMNS
-from .criteria import Loss, as_it_was, samples_of
+from .criteria import Loss, as_it_was
 from .fisher import FactorCalls, Factors, gate_losses, noise_in
+from .samples import examples_of, samples_of
 
 SAMPLES = 64  # that the diagonal is of, where a group has no such layers
 HOLD = 2**27  # numbers of covariances at a time
 STAGES = 32  # a round removes one in so many of the units that are left
-DEPLETED = 2  # power of how much less of a group is left
 
 
 def removal_losses(
@@ -54,14 +54,14 @@ def removal_losses(
         DNALError: there are no batches, or the model or the loss fails on one.
     """
     generator, batches = torch.Generator().manual_seed(0), list(batches)
-    examples = sum(map(_examples, batches))
+    examples = sum(map(examples_of, batches))
     if not examples:
         raise DNALError("choose(batches=[]): there are none; some hundred examples are right")
 
     def of(batch: Any) -> Tensor:
         """Summed over the examples."""
         with told(f"choose(batches=...): the model rejects {shown(batch)}", FORWARD_ERRORS):
-            return noise_in(call(model, batch), generator) if loss is None else loss(model, batch) * _examples(batch)
+            return noise_in(call(model, batch), generator) if loss is None else loss(model, batch) * examples_of(batch)
 
     found: list[Tensor | None] = []
     with as_it_was(model), seeded(model), torch.enable_grad():
@@ -87,29 +87,27 @@ def removal_losses(
     return torch.cat([losses for losses in found if losses is not None])
 
 
-def worth(losses: Tensor, costs: Tensor, sizes: Sequence[int]) -> Tensor:
+def worth(losses: Tensor, costs: Tensor, sizes: Sequence[int], sole: Sequence[bool]) -> Tensor:
     """What removals cost, for what each unit costs: ``[units]``, as both are.
 
-    Losses are of one group at a time, all else whole. Cut hard, layers are a chain: what one of them has stopped
-    telling none behind it can tell. So each unit counts for more, the less of its group is left by then: a group that
-    loses ``T`` in all and ``L`` ahead of the unit, for ``(1 - L / T) ** (-DEPLETED * p)`` times its loss. ``p`` is how
-    much of what the network tells passes through the group: its ``T`` by the mean of all, at most 1. It is small on
-    the branch of a residual block, past which the rest goes, and which may end with a single channel.
+    Losses are of one group at a time, all else whole. Where nothing leads past a group, what it has stopped telling
+    none behind it can tell: there a unit counts for more, the less of its group is left by then. Where a group loses
+    ``T`` in all, and ``L`` ahead of the unit, it is ``T / (T - L)`` times its loss.
 
     Args:
         losses: of :func:`removal_losses`, ``[units]``.
-        costs: of each unit in the uncut network, ``[units]``.
+        costs: of each unit, ``[units]``.
         sizes: of the groups.
+        sole: whether nothing leads past each of them.
     """
-    parts = losses.split(list(sizes))
-    mean = torch.stack([part.sum() for part in parts]).mean().clamp(min=1e-300)
     found = []
-    for part in parts:
+    for part, alone in zip(losses.split(list(sizes)), sole):
         ordered, order = part.sort(stable=True)
-        left = (ordered.flip(0).cumsum(0).flip(0) / ordered.sum().clamp(min=1e-300)).clamp(min=1e-9)
-        scarce = left ** (-DEPLETED * min(1.0, float(part.sum() / mean)))
-        found.append(torch.empty_like(part).scatter(0, order, ordered * scarce))
-    return torch.cat(found) / costs.cpu().clamp(min=1e-3 * float(costs.mean()))
+        if alone:
+            left = ordered.flip(0).cumsum(0).flip(0)
+            ordered = ordered * ordered.sum() / left.clamp(min=1e-300)
+        found.append(torch.empty_like(part).scatter(0, order, ordered))
+    return torch.cat(found) / costs.clamp(min=1e-3 * float(costs.mean()))
 
 
 def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
@@ -126,11 +124,6 @@ def _passes(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[C
         part.append(group)
         held += size
     yield part
-
-
-def _examples(batch: Any) -> int:
-    first = next(flatten_tensors(batch), None)
-    return len(first) if first is not None and first.dim() else 1
 
 
 class _Reader:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,11 @@ def kept_outputs(groups: Sequence[ChannelGroup], keep: Keep) -> dict[str, Tensor
 
 @torch.no_grad()
 def repair(
-    dense: nn.Module, slim: nn.Module, kept: Mapping[str, Tensor], inputs: Any
+    dense: nn.Module,
+    slim: nn.Module,
+    kept: Mapping[str, Tensor],
+    inputs: Any,
+    run: Callable[[nn.Module, Any], Any] = call,
 ) -> dict[str, tuple[float, float]]:
     """Fit every convolution and linear layer of ``slim``, in place, to the outputs that the one in ``dense`` has.
 
@@ -57,6 +61,7 @@ def repair(
         slim: the cut one, with the same names.
         kept: as :func:`kept_outputs` has it.
         inputs: in the form of a dummy input, with two or more examples along the first dimension.
+        run: takes a network and the inputs.
 
     Returns:
         by path, the squared error of a layer's outputs relative to their squares: before, and after on the examples
@@ -74,15 +79,15 @@ def repair(
         slim.eval()
         rejected = told(f"repair(inputs): the model rejects {shown(inputs)}", FORWARD_ERRORS)
         with seeded(dense), _Recorder(dense, kept) as recorder, rejected:
-            call(dense, inputs)
+            run(dense, inputs)
         layers = dict(slim.named_modules())
         for path, outputs in recorder.outputs.items():
             weight = getattr(layers.get(path), "weight", None)
             if weight is None or weight.shape[0] != outputs.shape[-1]:
                 raise DNALError(f"repair(slim): its {path} is not what the cut left: pass what speedup() returned last")
         with seeded(slim), _Fitter(slim, recorder) as fitter:
-            call(slim, inputs)
-        settle_norms(slim, inputs)
+            run(slim, inputs)
+        settle_norms(slim, lambda: run(slim, inputs))
     finally:
         for module, training in modes:
             module.training = training
@@ -90,7 +95,7 @@ def repair(
 
 
 @torch.no_grad()
-def settle_norms(model: nn.Module, inputs: Any) -> None:
+def settle_norms(model: nn.Module, forward: Callable[[], Any]) -> None:
     """Write batch norms anew, in place: what ``model`` computes in eval mode stays, and train mode comes near to it.
 
     A regression leaves outputs of less variance than the ones that it is fitted to, and the running statistics are
@@ -100,7 +105,7 @@ def settle_norms(model: nn.Module, inputs: Any) -> None:
 
     Args:
         model: in eval mode.
-        inputs: in the form of a dummy input.
+        forward: runs it.
     """
     found: dict[nn.modules.batchnorm._BatchNorm, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -116,7 +121,7 @@ def settle_norms(model: nn.Module, inputs: Any) -> None:
     hooks = [norm.register_forward_pre_hook(look) for norm in own if isinstance(norm.weight, nn.Parameter)]
     try:
         with seeded(model):
-            call(model, inputs)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -45,22 +46,11 @@ def slim_twin(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
     slim = twin(model)
     detach(slim)
     adapt(slim)
-    masks: dict[str, dict[tuple[Side, int | None], Tensor]] = defaultdict(dict)
-    changes = Changes()
-    homes: dict[str, str] = {}
+    masks, changes = _kept_channels(groups, keep), Changes()
+    homes = {member.path: member.module for group in groups for member in group.members}
     for group in groups:
-        if group.frozen is not None or group.name not in keep:
-            continue
-        dropped = ~keep[group.name].cpu()
-        if not dropped.any():
-            continue
-        for member in group.members:
-            if group.choice:
-                changes.choices[member.path] = keep[group.name].int().tolist()
-                continue
-            homes[member.path] = member.module
-            mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
-            mask[member.channels[dropped[member.units]]] = False
+        if group.frozen is None and group.choice and group.name in keep and not bool(keep[group.name].all()):
+            changes.choices |= {member.path: keep[group.name].int().tolist() for member in group.members}
     drop(slim, changes.choices)
     left = {path for path, _ in slim.named_modules()}
     for path, sides in masks.items():
@@ -87,6 +77,48 @@ def slim_twin(model: nn.Module, groups: Sequence[ChannelGroup], keep: Keep) -> n
                 changes.stored |= {f"{path}.{name}": number for name, number in after if number != before.get(name)}
     set_changes(slim, changes_of(slim).then(changes))  # a copy of a cut network says what went before
     return slim
+
+
+def groups_left(groups: Sequence[ChannelGroup], keep: Keep) -> list[ChannelGroup]:
+    """The groups of channels that are not left whole, in the coordinates of what :func:`slim_copy` makes.
+
+    To look at, not to cut: a grouped convolution that is left narrow enough would now lose whole groups. What
+    operations outside of layers cost is not taken over.
+    """
+    masks, found = _kept_channels(groups, keep), []
+    for group in groups:
+        if group.frozen is not None or group.choice:
+            continue
+        units = keep.get(group.name, torch.ones(group.channels, dtype=torch.bool)).cpu()
+        members = []
+        for member in group.members:
+            whole = torch.ones(member.width, dtype=torch.bool)
+            mask, stays = masks[member.path].get((member.side, member.dim), whole), units[member.units]
+            members.append(dataclasses.replace(
+                member, width=int(mask.sum()), channels=(mask.cumsum(0) - 1)[member.channels[stays]],
+                units=(units.cumsum(0) - 1)[member.units[stays]],
+            ))  # fmt: skip
+        left = int(units.sum())
+        found.append(dataclasses.replace(group, channels=left, members=tuple(members), parts=()))
+    return found
+
+
+_Masks = dict[str, dict[tuple[Side, int | None], Tensor]]
+
+
+def _kept_channels(groups: Sequence[ChannelGroup], keep: Keep) -> _Masks:
+    """By path, side and dimension, which channels stay: bool ``[width]``; only where some go."""
+    masks: _Masks = defaultdict(dict)
+    for group in groups:
+        if group.frozen is not None or group.choice or group.name not in keep:
+            continue
+        dropped = ~keep[group.name].cpu()
+        if not dropped.any():
+            continue
+        for member in group.members:
+            mask = masks[member.path].setdefault((member.side, member.dim), torch.ones(member.width, dtype=torch.bool))
+            mask[member.channels[dropped[member.units]]] = False
+    return masks
 
 
 def every_group(keep: Keep, active: Sequence[ChannelGroup]) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from dnal_nni import DNALError, measure
 from dnal_nni.channels.groups import ChannelGroup, find_groups
 from dnal_nni.cost.model import CostModel
-from dnal_nni.surgery.slim import slim_copy
+from dnal_nni.modules.layers import masked_statistics, whole_groups
+from dnal_nni.surgery.slim import groups_left, slim_copy
 from dnal_nni.surgery.verify import hard_gated_copy, verify_and_freeze
 
 TOLERANCE = 1e-9
@@ -212,6 +213,7 @@ def check(program: Program, reference: bool = False, kept: Sequence[str] = KEPT)
             keep = masks(groups, how, 100 + number)
             gated, slim = hard_gated_copy(net, groups, keep), slim_copy(net, groups, keep)
             if keep:
+                assert_in_steps(net, groups, keep, slim)
                 size = [sum(p.numel() for p in m.parameters()) for m in (net, slim)]
                 assert size[1] < size[0], "nothing was removed"
             if reference:
@@ -236,6 +238,27 @@ def assert_priced(
     if not any(hasattr(module, "weight_g") or is_parametrized(module) for module in net.modules()):
         assert float(model.params(g)) == pytest.approx(size.params, rel=1e-6)  # computed weights become plain
     assert float(model.flops(g)) == pytest.approx(size.flops, rel=0.01, abs=1), (size, model.dense)
+
+
+def grouped_otherwise(before: nn.Module, after: nn.Module) -> bool:
+    if isinstance(before, nn.GroupNorm):
+        return masked_statistics(before) != masked_statistics(after)
+    return isinstance(before, nn.modules.conv._ConvNd) and whole_groups(before) != whole_groups(after)
+
+
+def assert_in_steps(net: nn.Module, groups: Sequence[ChannelGroup], keep: dict[str, Tensor], slim: nn.Module) -> None:
+    """Cut to some more first, and then what is left by its own groups: the same network."""
+    generator = torch.Generator().manual_seed(5)
+    more = {name: mask | (torch.rand(len(mask), generator=generator) < 0.5) for name, mask in keep.items()}
+    first, left = slim_copy(net, groups, more), groups_left(groups, more)
+    modules = dict(net.named_modules())
+    if any(grouped_otherwise(modules[name], module) for name, module in first.named_modules() if name in modules):
+        return  # cut by itself, it would lose whole groups
+    assert {group.name: group.channels for group in left} == {name: int(mask.sum()) for name, mask in more.items()}
+    then = slim_copy(first, left, {name: mask[more[name]] for name, mask in keep.items()})
+    wanted, found = slim.state_dict(), then.state_dict()
+    assert list(wanted) == list(found)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted), "in two steps it is another network"
 
 
 def hunt(number: int, plain: bool, kept: Sequence[str] = KEPT) -> Counter[str]:

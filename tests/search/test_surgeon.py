@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from dnal_nni import Budget, DNALError
+from dnal_nni import Budget, DNALError, decisions, measure
+from dnal_nni.modules.running import call
 from dnal_nni.plan import Plan
 from dnal_nni.search import fisher
+from dnal_nni.search.bypass import sole_ways
 from dnal_nni.search.criteria import Loss
 from dnal_nni.search.surgeon import removal_losses, worth
 from dnal_nni.session import Session
+from dnal_nni.surgery.inject import detach
 
 
 def session_of(model: nn.Module, example: Tensor, flops: float = 0.5) -> Session:
@@ -139,37 +148,142 @@ def test_choose_hits_the_budget_and_repair_brings_the_function_back() -> None:
     assert float(error) < 1e-6
 
 
-def test_units_count_for_more_the_less_of_their_group_is_left() -> None:
-    losses = [0.1, 0.4, 0.2, 0.3, 5.0, 0.0, 3.0, 0.02, 0.02]
-    found = worth(torch.tensor(losses, dtype=torch.float64), torch.full((9,), 2.0), [4, 3, 2])
-    mean = (1.0 + 8.0 + 0.04) / 3
-    expected = []
-    for part in (losses[:4], losses[4:7], losses[7:]):
-        whole = sum(part)
-        for i, loss in enumerate(part):
-            gone = sum(other for j, other in enumerate(part) if (other, j) < (loss, i))
-            expected.append(loss / 2 * (1 - gone / whole) ** (-2 * min(1, whole / mean)))
+@functools.cache
+def chain() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A plain chain of layers that has learned to read digits, and all of these."""
+    torch.manual_seed(1)
+    data, layers = load_digits(), list[nn.Module]()
+    images, labels = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target)
+    for inputs in (1, 32, 32, 32):
+        layers += [nn.Conv2d(inputs, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    layers.insert(6, nn.MaxPool2d(2))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for batch in torch.randperm(1200).repeat(4).split(64):
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), images, labels
+
+
+def test_units_of_a_sole_way_count_for_more_the_less_of_it_is_left() -> None:
+    losses = [0.1, 0.4, 0.2, 0.3, 5.0, 0.0, 3.0]
+    found = worth(torch.tensor(losses, dtype=torch.float64), torch.full((7,), 2.0), [4, 3], [True, False])
+    gone = [0.0, 0.6, 0.1, 0.3]  # ahead of each in the first group
+    expected = [loss / (1 - part) / 2 for loss, part in zip(losses, gone)] + [loss / 2 for loss in losses[4:]]
     assert found.tolist() == pytest.approx(expected)
 
 
-def test_a_dear_layer_of_a_chain_keeps_some_and_a_branch_need_not() -> None:
-    """One layer costs a hundred times as much: at so small a budget it alone would go, to the last channel."""
+def test_a_dear_layer_that_all_passes_through_keeps_some_and_a_branch_need_not() -> None:
+    """One layer costs twenty times as much: it alone would go, to the last channel."""
     each = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
-    costs = torch.cat([torch.full((64,), cost) for cost in (1.0, 100.0, 1.0)]).double()
+    costs = torch.cat([torch.full((64,), cost) for cost in (1.0, 20.0, 1.0)]).double()
 
-    def left(scores: Tensor) -> int:
+    def left(sole: bool) -> int:
         """Of the dear one, where half of all that there is stays."""
-        stay = scores.argsort(descending=True)[:96]
+        stay = worth(each.repeat(3), costs, [64, 64, 64], [True, sole, True]).argsort(descending=True)[:96]
         return int(((stay >= 64) & (stay < 128)).sum())
 
-    chain, branch = torch.cat([each, each, each]), torch.cat([each, 0.02 * each, each])
-    assert left(chain / costs) == 0
-    assert left(worth(chain, costs, [64, 64, 64])) >= 4
-    assert left(worth(branch, costs, [64, 64, 64])) == 0
+    assert left(False) == 0 and left(True) >= 1
 
 
 def test_zero_losses_have_an_order_without_nan() -> None:
-    assert worth(torch.zeros(5).double(), torch.ones(5), [2, 3]).tolist() == [0.0] * 5
+    assert worth(torch.zeros(5).double(), torch.ones(5), [2, 3], [True, False]).tolist() == [0.0] * 5
+
+
+class Ways(nn.Module):
+    """A stem, a block beside its shortcut, two layers whose channels are concatenated, and one that reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.neck, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.outer(F.relu(self.inner(x))))
+        x = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], 1)
+        return self.head(F.relu(self.neck(x)))
+
+
+@pytest.mark.parametrize("form", ["inputs", "one of one", "with labels", "a loss without the model"])
+def test_past_which_groups_nothing_leads(form: str) -> None:
+    model, x = Ways().train(), torch.randn(6, 6)
+    session = session_of(model, x[:1])
+    batches: list[Any] = list(x.split(1)) if form == "one of one" else [x]
+    run: Callable[[nn.Module, Any], Any] = call
+    if form == "with labels":
+        batches, run = [(x, torch.arange(6) % 3)], lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+    if form == "a loss without the model":
+        run = lambda model, batch: model.head.weight.square().sum()  # noqa: E731
+    found = sole_ways(model, session.plan.active, list(session.gates.values()), batches, run)
+    sole = {group.name for group, alone in zip(session.plan.active, found) if alone}
+    assert sole == (set() if form == "a loss without the model" else {"stem", "neck"})
+    assert model.training and not model._forward_hooks
+    with torch.no_grad():
+        assert torch.equal(model(x), Ways()(x))  # with all gates open
+
+
+@pytest.mark.parametrize("budget, times", [(0.6, 1), (0.5, 1), (0.3, 2)])
+def test_below_half_it_is_weighed_anew_halfway(budget: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def look(model: nn.Module, groups: Any, *rest: Any) -> Tensor:
+        seen.append(measure(copy_without_gates(model), images[:1]).flops)
+        return removal_losses(model, groups, *rest)
+
+    def copy_without_gates(model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        detach(model)
+        return model
+
+    monkeypatch.setattr(decisions, "removal_losses", look)
+    model, images, _ = chain()
+    session = session_of(model, images[:1], budget)
+    session.choose(batches=[images[:128]])
+    session.detach()
+    shares = [flops / seen[0] for flops in seen]
+    assert shares == pytest.approx([1.0, budget**0.5][:times], rel=0.02)
+
+
+@pytest.mark.parametrize("form", ["as many", "a smaller last one", "one of one", "dicts", "with labels"])
+def test_batches_of_every_form_are_weighed_twice(form: str) -> None:
+    model, images, labels = chain()
+    loss: Loss | None = None
+    batches: list[Any] = list(images[:96].split({"a smaller last one": 40, "one of one": 1}.get(form, 32)))
+    if form == "dicts":
+        batches = [{"input": x} for x in batches]
+    if form == "with labels":
+        batches = list(zip(batches, labels.split(32)))
+        loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    session = session_of(model, images[:1], 0.1)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    chance = torch.get_rng_state()
+    keep = session.choose(batches=batches, loss=loss)
+    again = session.choose(batches=batches, loss=loss)
+    assert all(torch.equal(mask, again[name]) for name, mask in keep.items())
+    assert torch.equal(chance, torch.get_rng_state()) and not model.training
+    session.speedup()
+    session.detach()
+    assert session.report.after.flops / session.report.before.flops == pytest.approx(0.1, rel=0.02)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_of_one_batch_size_is_repaired_halfway_by_its_first_batch() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = chain()[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.view(8, 1, 8, 8))
+
+    torch.manual_seed(0)
+    session = session_of(Fixed().eval(), torch.randn(8, 1, 8, 8), 0.1)
+    assert session.choose(batches=list(torch.randn(32, 1, 8, 8).split(8)))
+    session.detach()
 
 
 def test_refusals() -> None:

@@ -191,7 +191,7 @@ def test_settled_norms_compute_in_train_mode_what_all_compute_in_eval_mode() -> 
     model.eval()
     still = {name: copy.deepcopy(model.get_submodule(name).state_dict()) for name in ("twice", "bare", "tied", "other")}
     wanted = model(x).detach()
-    settle_norms(model, x)
+    settle_norms(model, lambda: model(x))
     torch.testing.assert_close(model(x).detach(), wanted, rtol=0, atol=1e-10)
     for name, tensors in still.items():
         torch.testing.assert_close(model.get_submodule(name).state_dict(), tensors, rtol=0, atol=0)
