@@ -68,7 +68,8 @@ def chosen(
         raise DNALError("choose(): give batches=[inputs], some hundred examples, or a criterion of torch-pruning")
     if any(group.choice for group in plan.active):
         raise DNALError("choose(): the model is a supernet, and only a search compares candidates: call search()")
-    return _weighed(plan, objective, model, gates, list(batches), loss)
+    with as_it_was(model):  # also where a loss runs it in place of the model that it is given
+        return _weighed(plan, objective, model, gates, list(batches), loss)
 
 
 def _weighed(
@@ -84,11 +85,11 @@ def _weighed(
     By name of a group, bool ``[channels]``: what stays.
     """
     run: Callable[[nn.Module, Any], Any] = call if loss is None else loss
-    floor = list(objective.limits.least)
+    floor = list(objective.to("cpu").limits.least)
 
     def scores_of(network: nn.Module, groups: Sequence[ChannelGroup], gates: Sequence[Any], costs: Tensor) -> Tensor:
         losses, sizes = removal_losses(network, groups, gates, batches, loss), [group.channels for group in groups]
-        return worth(losses, costs.cpu(), sizes, sole_ways(network, groups, gates, batches, run))
+        return worth(losses, costs, sizes, sole_ways(network, groups, gates, batches, run))
 
     scores = scores_of(model, plan.active, gates, objective.whole)
     if float(objective.targets.min()) < HALF:
@@ -100,7 +101,7 @@ def _weighed(
         gates = [ScaledSigmoidGate(group.channels).to(gates[0].s.device) for group in groups]
         attach(network, groups, {group.name: gate for group, gate in zip(groups, gates)})
         scores.fill_(-1.0)  # of what has gone
-        scores[units] = scores_of(network, groups, gates, objective.unit_costs(units)[units.to(objective.whole.device)])
+        scores[units] = scores_of(network, groups, gates, objective.unit_costs(units)[units])
     return plan.by_group(cut(objective, scores, floor, lambda units: plan.cost_of(units, model)))
 
 
@@ -109,7 +110,7 @@ def _repaired(
 ) -> None:
     """Repair ``network``, cut to these units, by some of the batches, if they are of more than one example."""
     examples, kept = joined(batches, EXAMPLES), kept_outputs(plan.groups, plan.by_group(units))
-    with as_it_was(model), seeded(model), torch.no_grad():
+    with seeded(model), torch.no_grad():
         try:
             run(model, examples)
         except FORWARD_ERRORS:  # it takes no other number of examples

@@ -51,7 +51,7 @@ def removal_losses(
         loss: from the model and a batch to its mean loss, 0-d; None: the squared error of what the model returns.
 
     Raises:
-        DNALError: there are no batches, or the model or the loss fails on one.
+        DNALError: there are no batches, the model or the loss fails on one, or the loss is of another model.
     """
     generator, batches = torch.Generator().manual_seed(0), list(batches)
     examples = sum(map(examples_of, batches))
@@ -64,6 +64,7 @@ def removal_losses(
             return noise_in(call(model, batch), generator) if loss is None else loss(model, batch) * examples_of(batch)
 
     found: list[Tensor | None] = []
+    looked_at = ran = False
     with as_it_was(model), seeded(model), torch.enable_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -76,9 +77,12 @@ def removal_losses(
                     total = of(batch)
                 total.backward()
                 model.zero_grad()
+            looked_at, ran = looked_at or bool(calls.layers), ran or bool(calls.factors)
             for group in part:
                 readers = _readers(model, group, calls.factors, examples)
                 found.append(None if readers is None else _as_they_go(readers, group.channels))
+        if looked_at and not ran:
+            raise DNALError("choose(loss=...): it does not run the model that it is given; write it of model and batch")
         sizes = [group.channels for group in groups]
         if any(losses is None for losses in found):
             samples = itertools.islice(itertools.chain.from_iterable(map(samples_of, batches)), SAMPLES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dnal_nni import (
@@ -120,6 +121,12 @@ CUTS: Mistakes = {
     "choose without a criterion": (
         lambda s: s.prune().choose(),
         "choose(): give batches=[inputs], some hundred examples, or a criterion of torch-pruning",
+    ),
+    "choose with a loss of one model": (
+        lambda s: s.prune(budget=Budget(flops=0.3)).choose(
+            batches=[(s.x, s.y)], loss=lambda model, batch: F.cross_entropy(s.model(batch[0]), batch[1])
+        ),
+        "choose(loss=...): it does not run the model that it is given; write it of model and batch",
     ),
     "choose by name": (lambda s: s.prune().choose("l1"), "choose(importance=...) is 'l1': give a function"),
     "choose without a budget": (
