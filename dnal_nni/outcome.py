@@ -130,12 +130,13 @@ def interventions(plan: Plan, model: nn.Module, search: Search | None, chosen: b
         searched = {}
     limits = {} if plan.budget is None else plan.budget.limits
     asked = {key: {getattr(setting, key) for setting in plan.settings} - {None} for key in VALUES}
+    asked["channel_multiple of layers"] = asked.pop("channel_multiple")
     given = {**limits, **{key: sorted(values, key=str) for key, values in asked.items()}, **method.settings()}
     made = Interventions(_some(searched), _some(fixed), steps=0 if search is None else search.done)
     if len(plan.tried) == 1:  # else nobody asked for it
         given["channel_multiple"] = plan.channel_multiple
     return made.with_arguments(
-        given, {**dict.fromkeys(VALUES, []), **type(method)().settings(), "channel_multiple": 1}
+        given, {**dict.fromkeys(asked, []), **type(method)().settings(), "channel_multiple": 1}
     )
 
 

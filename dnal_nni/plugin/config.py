@@ -108,6 +108,9 @@ def _check_values(where: str, config: Mapping[str, Any], supported: Sequence[str
             raise DNALError(f"{where}: {key}={value!r} must be a float in [0, 1)")
         if key == "sparse_threshold" and not (fraction and 0 < value < 1):
             raise DNALError(f"{where}: {key}={value!r} must be a float in (0, 1): channels whose gate is less go")
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if key == "channel_multiple" and not whole:
+            raise DNALError(f"{where}: {key}={value!r} must be a whole number >= 1")
         if key.endswith("_group_id") and not isinstance(value, (int, str)):
             raise DNALError(f"{where}: {key}={value!r} must be a number or a name")
         given = GIVEN.get(key)
@@ -149,7 +152,8 @@ def split_config(
     for_nni = []
     selected: dict[str, Setting] = {}
     for config in trans_legacy_config_list([dict(config) for config in config_list]):
-        for_nni.append({**config, "exclude_op_types": [*config.get("exclude_op_types", ()), *strange, *choices]})
+        theirs = _without_own(config)
+        for_nni.append({**theirs, "exclude_op_types": [*config.get("exclude_op_types", ()), *strange, *choices]})
         wide = dict(config)
         for key in {"op_types", "exclude_op_types"} & set(config):
             wide[key] = [*config[key], *(name for name, line in strange.items() if set(line) & set(config[key]))]
@@ -165,3 +169,10 @@ def split_config(
             f"config_list={shown(config_list)} selects no layer of the model: widen op_types, or exclude less"
         )
     return for_nni, selected
+
+
+def _without_own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the key that NNI does not know."""
+    targets = {name: _without_own(values) for name, values in config.get("target_settings", {}).items()}
+    left = {key: value for key, value in config.items() if key != "channel_multiple"}
+    return left | ({"target_settings": targets} if targets else {})

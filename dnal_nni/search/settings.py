@@ -19,13 +19,17 @@ from .objective import Limits
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the config_list says about one layer, or about the layers of one group together; NNI's keys and meanings."""
+    """What the config_list says about one layer, or about the layers of one group together; NNI's keys and meanings.
+
+    And ``channel_multiple``, in place of the one of all layers; of several in a group, a multiple of each.
+    """
 
     sparse_ratio: float | None = None
     sparse_threshold: float | None = None
     max_sparse_ratio: float | None = None
     min_sparse_ratio: float | None = None
     global_group_id: int | str | None = None
+    channel_multiple: int | None = None
     dependency_group_id: int | str | None = None
 
 
@@ -91,18 +95,24 @@ def _together(layers: Iterable[str], selected: Mapping[str, Setting]) -> Setting
                     f"{owner[key]} and {layer} are coupled, but in the global groups {values[key]!r} and {value!r}: "
                     "give them the same global_group_id"
                 )
-            if key not in values or (key != "global_group_id" and value < values[key]):
+            if key == "channel_multiple":
+                values[key] = math.lcm(value, values.get(key, 1))
+            elif key not in values or (key != "global_group_id" and value < values[key]):
                 values[key], owner[key] = value, layer
     return Setting(**values)
 
 
 def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup], multiple: int) -> Limits:
-    """Units that each group may keep, from max_sparse_ratio, min_sparse_ratio and the multiple of its channels."""
+    """Units that each group may keep, from max_sparse_ratio, min_sparse_ratio and the multiple of its channels.
+
+    ``multiple`` is for those whose setting has none.
+    """
     least, most, multiples = [], [], []
     for setting, group in zip(settings, groups):
         n = group.channels
         widths = [len(m.channels) // n for m in group.members if m.side == "out" and not m.bare]
-        step = multiple // math.gcd(multiple, *widths)
+        own = setting.channel_multiple or multiple
+        step = own // math.gcd(own, *widths)
         asked = max(1, round((1 - setting.max_sparse_ratio) * n)) if setting.max_sparse_ratio else 0
         low = max(group.least, asked)
         high = max(1, round((1 - (setting.min_sparse_ratio or 0.0)) * n))

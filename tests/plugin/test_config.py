@@ -66,6 +66,28 @@ def test_limits_hold_under_a_budget(small: nn.Module, x: Tensor, batches: Batche
     assert kept["stem"] >= 9
 
 
+@pytest.mark.parametrize("target_settings", [False, True])
+def test_channels_of_some_layers_go_by_multiples(
+    small: nn.Module, x: Tensor, batches: Batches, target_settings: bool
+) -> None:
+    own = {"channel_multiple": 4}
+    settings = {"target_names": ["weight"], "target_settings": {"weight": own}} if target_settings else own
+    config = [entry("conv1", **settings), entry("last", channel_multiple=8), {"op_names": ["stem", "conv2"]}]
+    pruner = DNALPruner(small, config, dummy_input=x, budget=Budget(flops=0.45), channel_multiple=1)
+    assert pruner.plan.limits.multiples == [1, 4, 8]
+    kept = searched(pruner, batches, 100)
+    assert kept["conv1"] in (4, 8) and kept["last"] in (8, 16)
+    pruner.speedup()
+    assert pruner.report.interventions is not None
+    assert pruner.report.interventions.changed["channel_multiple of layers"] == [4, 8]
+
+
+def test_coupled_layers_keep_multiples_of_each_number(small: nn.Module, x: Tensor) -> None:
+    config = [entry("stem", channel_multiple=2), entry("conv2", channel_multiple=3), entry("conv1")]
+    pruner = DNALPruner(small, config, dummy_input=x, budget=Budget(flops=0.6), channel_multiple=4)
+    assert pruner.plan.limits.multiples == [6, 4]
+
+
 def test_limits_clip_a_ratio(small: nn.Module, x: Tensor, batches: Batches) -> None:
     config = [entry("conv1", sparse_ratio=0.75, max_sparse_ratio=0.5), entry("last", min_sparse_ratio=0.5)]
     assert searched(DNALPruner(small, config, dummy_input=x), batches) == {"conv1": 4, "last": 8}
@@ -120,6 +142,8 @@ REFUSED = {
     "ratio and threshold": (many(sparse_ratio=0.5, sparse_threshold=0.5), "sparse_ratio or sparse_threshold, not both"),
     "ratio": (many(sparse_ratio=1), "sparse_ratio=1 must be a float"),
     "max": (many(max_sparse_ratio=1.5), "max_sparse_ratio=1.5 must be a float"),
+    "multiple": (many(channel_multiple=0), "channel_multiple=0 must be a whole number >= 1"),
+    "no multiple": (many(channel_multiple=2.5), "channel_multiple=2.5 must be a whole number >= 1"),
     "threshold": (many(sparse_threshold=1.0), "sparse_threshold=1.0 must be a float in"),
     "granularity": (many(granularity="in_channel"), "granularity='in_channel' is not supported; use 'default' or"),
     "blocks": (many(granularity=[4, 4]), "granularity=.4, 4. is not supported"),
