@@ -75,7 +75,8 @@ def removal_losses(
             for batch in batches:
                 with calls:
                     total = of(batch)
-                total.backward()
+                with told("choose(batches=...): no gradient comes back through the model", FORWARD_ERRORS):
+                    total.backward()
                 model.zero_grad()
             looked_at, ran = looked_at or bool(calls.layers), ran or bool(calls.factors)
             for group in part:

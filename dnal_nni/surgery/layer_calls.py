@@ -96,7 +96,7 @@ class LayerCalls(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.layers = {}
-        for path, module in model.named_modules(remove_duplicate=False):
+        for path, module in model.named_modules():  # by the first of several names, as groups have it
             plain = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
             if (plain or isinstance(module, nn.Linear)) and isinstance(module.weight, nn.Parameter):
                 self.layers[id(module.weight)] = path, module

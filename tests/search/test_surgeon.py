@@ -302,6 +302,22 @@ def test_refusals() -> None:
     assert session.keep is None
 
 
+def test_a_model_that_cannot_be_trained_is_told_of() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(self.first(x))
+            x += 1  # of which the gradient of the sigmoid was kept
+            return self.last(x)
+
+    session = session_of(InPlace(), torch.randn(1, 6))
+    with pytest.raises(DNALError, match="no gradient comes back through the model.*modified by an inplace operation"):
+        session.choose(batches=[torch.randn(40, 6)])
+
+
 def test_inputs_with_means_far_above_their_spread() -> None:
     model = two_layers(8).double()
     with torch.no_grad():

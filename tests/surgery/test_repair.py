@@ -253,3 +253,26 @@ def test_very_wide_layers_stay() -> None:
     before = slim[4].weight.clone()
     errors = session.repair(slim, x)
     assert "2" in errors and "4" not in errors and torch.equal(slim[4].weight, before)
+
+
+def test_a_layer_of_two_names_is_fitted_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(6, 24), nn.Linear(24, 4)
+            self.layers = nn.ModuleList([self.first, nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), self.last])
+            self.stem = self.layers[2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, x = Twice(), torch.randn(256, 6)
+    session = Session(model, Plan.of(model, x[:1], budget=Budget(flops=0.5)))
+    session.choose(batches=[x])
+    slim = session.speedup()
+    errors = session.repair(slim, x)
+    assert set(errors) == {"first", "layers.2", "last"}
+    assert errors["last"][1] < errors["last"][0]
