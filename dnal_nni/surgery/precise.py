@@ -22,6 +22,7 @@ from ..modules.running import twin
 
 _LARGE = 2**16  # numbers in a weight that is widened as it is used
 _AT_ONCE = 2**18  # of which a linear layer widens so many at a time
+_COPIED = 2**19  # numbers of a volume that are copied at a time
 _FEW = 25  # positions of an image for which one product of all samples takes half of the time and less
 
 _ALL = slice(None)
@@ -105,11 +106,29 @@ def _by_taps(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         return _by_taps(conv, x[None], weight, bias)[0]
     space = _space(conv, x, weight)
     out = x.new_zeros(len(x), len(weight), *space)
-    at_once = 1 if len(space) == 3 else max(1, len(x))  # samples: volumes are large, and are copied
-    for first in range(0, len(x), at_once):
-        some = slice(first, first + at_once)
-        _add_taps(conv, _padded(conv, x[some]), weight, out[some])
+    if len(space) == 3:
+        for i in range(len(x)):
+            _add_planes(conv, x[i : i + 1], weight, out[i : i + 1])
+    else:
+        _add_taps(conv, _padded(conv, x), weight, out)
     return out if bias is None else out.add_(bias.view(-1, *[1] * len(space)))
+
+
+def _add_planes(conv: Any, x: Tensor, weight: Tensor, sums: Tensor) -> None:
+    """:func:`_add_taps` of a volume, some planes at a time: it is padded and copied, and large."""
+    planes = max(1, _COPIED // x[0, :, 0].numel())
+    *sides, ahead, behind = conv._reversed_padding_repeated_twice
+    if conv.padding_mode != "zeros":  # the padding is what other planes hold
+        x, sides, ahead = _padded(conv, x), [0] * 4, 0
+    stride, span = conv.stride[0], conv.dilation[0] * (weight.shape[2] - 1) + 1
+    for first in range(0, sums.shape[2], planes):
+        part = torch.zeros_like(sums[:, :, first : first + planes], memory_format=torch.contiguous_format)
+        start = first * stride - ahead
+        end = start + (part.shape[2] - 1) * stride + span
+        outside = max(0, -start), max(0, end - x.shape[2])
+        seen = F.pad(x[:, :, max(0, start) : max(0, min(end, x.shape[2]))], (*sides, *outside))
+        _add_taps(conv, seen, weight, part)
+        sums[:, :, first : first + planes].copy_(part)
 
 
 def _add_taps(conv: Any, x: Tensor, weight: Tensor, sums: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dnal_nni.modules.layers import layer_of
+from dnal_nni.surgery import precise
 from dnal_nni.surgery.precise import in_dtype
 
 KINDS: dict[str, Any] = {
@@ -26,9 +27,11 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_numbers(kind: str) -> None:
-    build, into, out, more = KINDS[kind]
+@pytest.mark.parametrize("kind", [*KINDS, "3-D, two planes at a time"])
+def test_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind not in KINDS:
+        monkeypatch.setattr(precise, "_COPIED", 2 * 4 * 8 * 9)
+    build, into, out, more = KINDS[kind.partition(",")[0] if kind not in KINDS else kind]
     torch.manual_seed(0)
     for form in FORMS:
         conv = build(into, out, **form, **more).double()
@@ -94,15 +97,15 @@ def test_large_weights_are_shared_and_widened_as_they_are_used(name: str) -> Non
     build, shape = LARGE[name]
     torch.manual_seed(0)
     layer = build()
-    precise = in_dtype(layer, torch.float64)
-    assert next(precise.parameters()).data_ptr() == layer.weight.data_ptr() and precise.weight.dtype is torch.float64
+    copied = in_dtype(layer, torch.float64)
+    assert next(copied.parameters()).data_ptr() == layer.weight.data_ptr() and copied.weight.dtype is torch.float64
     x = torch.randn(shape, dtype=torch.float64)
     expected = copy.deepcopy(layer).double()
-    torch.testing.assert_close(precise(x), expected(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(copied(x), expected(x), rtol=1e-12, atol=1e-12)
     keep = torch.arange(len(layer.weight)) % 4 > 0  # a cut keeps it so, and leaves the layer alone
     side = "in" if name == "transposed" else "out"
-    for one in (precise, expected):
+    for one in (copied, expected):
         layer_of(one).cut(one, {side: keep})  # type: ignore[union-attr]
-    assert next(precise.parameters()).dtype is torch.float32 and len(layer.weight) == len(keep)
+    assert next(copied.parameters()).dtype is torch.float32 and len(layer.weight) == len(keep)
     x = x[:, keep] if side == "in" else x
-    torch.testing.assert_close(precise(x), expected(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(copied(x), expected(x), rtol=1e-12, atol=1e-12)
