@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .channels.groups import ChannelGroup
 from .errors import DNALError
 from .modules.gates import ScaledSigmoidGate
-from .modules.running import FORWARD_ERRORS, call, seeded
+from .modules.running import call, seeded
 from .plan import Plan
 from .search.bypass import sole_ways
 from .search.close import cut, exact_cut, threshold_cut
@@ -21,7 +21,7 @@ from .search.learner import Decides
 from .search.loop import Search
 from .search.objective import Objective
 from .search.paper import PAPER_THRESHOLD
-from .search.samples import examples_of, joined
+from .search.samples import as_one, examples_of
 from .search.surgeon import removal_losses, worth
 from .surgery.inject import attach
 from .surgery.repair import kept_outputs, repair
@@ -109,11 +109,7 @@ def _repaired(
     plan: Plan, model: nn.Module, network: nn.Module, units: Tensor, batches: Sequence[Any], run: Callable[..., Any]
 ) -> None:
     """Repair ``network``, cut to these units, by some of the batches, if they are of more than one example."""
-    examples, kept = joined(batches, EXAMPLES), kept_outputs(plan.groups, plan.by_group(units))
     with seeded(model), torch.no_grad():
-        try:
-            run(model, examples)
-        except FORWARD_ERRORS:  # it takes no other number of examples
-            examples = batches[0]
+        examples = as_one(batches, EXAMPLES, lambda batch: run(model, batch))
     if examples_of(examples) > 1:
-        repair(plan.slim(model, {}), network, kept, examples, run)
+        repair(plan.slim(model, {}), network, kept_outputs(plan.groups, plan.by_group(units)), examples, run)

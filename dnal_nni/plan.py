@@ -198,7 +198,7 @@ class Plan:
         """How far from the budget a cost (of the dense one) lies, and why no structure lies nearer."""
         assert self.objective is not None
         times = f"{cost / float(self.objective.targets[0]):.3g} times the budget"
-        if (multiple := self.channel_multiple) > 1:
+        if (multiple := self.limits.asked) > 1:
             return f"{times}, since channels go by multiples of {multiple} (channel_multiple=1 comes nearer)"
         if all(group.choice for group in self.active):
             return f"{times}, since candidates alone are coarse (with widths it is met)"

@@ -177,9 +177,9 @@ class Session:
 
         Args:
             importance: None: what the loss would rise by, and the layers behind make up for, per cost of a unit
-                (:mod:`~dnal_nni.search.surgeon`); call :meth:`repair` on the cut network then. Or a criterion of
-                torch-pruning, ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a score
-                for each channel of its root; the lowest go first, down to the floor that a search has too.
+                (:mod:`~dnal_nni.search.surgeon`), to less than half in two steps; call :meth:`repair` then. Or one
+                of torch-pruning's, ``tp.importance.MagnitudeImportance()``, or any function from a ``tp.Group`` to a
+                score for each channel of its root; the lowest go first, down to the floor that a search has too.
             batches: some hundred examples in the form of the dummy input, no labels. With a criterion: for those that
                 need gradients or activations, ``(inputs, labels)``; None: the gradients that the parameters have.
             loss: from the model and a batch to its loss, 0-d; None: how far what the model returns moves, no labels

@@ -22,7 +22,7 @@ class Limits:
         least: at least so many, ``[groups]``.
         most: at most so many, ``[groups]``.
         multiples: units that go together, ``[groups]``; a group keeps a multiple of that, or all that it has.
-        asked: the multiple of channels that these amount to.
+        asked: the multiple of channels that these amount to; of several, the largest.
     """
 
     least: Sequence[int]

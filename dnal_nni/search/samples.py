@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..modules.running import flatten_tensors, map_tensors
+from ..modules.running import FORWARD_ERRORS, flatten_tensors, map_tensors
 
 
 def examples_of(batch: Any) -> int:
@@ -28,8 +28,23 @@ def samples_of(batch: Any) -> Iterator[Any]:
         yield from zip(*map(samples_of, batch))
 
 
-def joined(batches: Sequence[Any], examples: int) -> Any:
-    """The first so many examples as one batch: of the batches whose tensors have the shapes of the first one's."""
+def as_one(batches: Sequence[Any], examples: int, run: Callable[[Any], Any]) -> Any:
+    """The first so many examples as one batch; the first batch, where ``run`` takes no such number.
+
+    Args:
+        batches: one at least; those count whose tensors have the shapes of the first one's, but for the examples.
+        examples: at most so many.
+        run: takes a batch, and is tried.
+    """
+    try:
+        found = _joined(batches, examples)
+        run(found)
+    except FORWARD_ERRORS:
+        return batches[0]
+    return found
+
+
+def _joined(batches: Sequence[Any], examples: int) -> Any:
     parts: list[list[Tensor]] = []
     shapes, found = [x.shape[1:] for x in flatten_tensors(batches[0])], 0
     for batch in batches:

@@ -119,7 +119,7 @@ def limits(settings: Sequence[Setting], groups: Sequence[ChannelGroup], multiple
         multiples.append(step)
         least.append(min(n, step * math.ceil(low / step)))
         most.append(max(least[-1], n if high == n else step * (high // step)))
-    return Limits(least, most, multiples, multiple)
+    return Limits(least, most, multiples, max([multiple, *(setting.channel_multiple or 1 for setting in settings)]))
 
 
 def pools(settings: Sequence[Setting], sizes: Sequence[int], within: Limits) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from ..modules.chance import WithoutChance
 from ..modules.running import FORWARD_ERRORS, call, flatten_tensors, map_tensors, seeded
 from .changes import newly_baked
 from .precise import in_dtype
-from .sizes import is_large
+from .sizes import has_volumes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted max|gated - sliced| / max|gated|, by the dtype of the comparison."""
@@ -195,7 +195,7 @@ def check_equal(gated: nn.Module, slim: nn.Module, dummy_input: Any) -> tuple[fl
         DNALError: the cut network does not run, or computes something else.
     """
     native = floating_dtype(gated)
-    inputs = example_like(dummy_input, native, least=1 if is_large(dummy_input) else 3)
+    inputs = example_like(dummy_input, native, least=1 if has_volumes(dummy_input) else 3)
     for dtype in dict.fromkeys((torch.float64, native)):
         try:
             comparison = Comparison(in_dtype(gated, dtype), dtype)

@@ -14,11 +14,11 @@ from ..modules.running import Example, flatten_tensors
 
 def other_sizes(inputs: Any) -> list[Any]:
     """The same input in other sizes, the quickest first, and none larger than it in 3-D; none if it is no image."""
-    scales = [_half, _smaller] if is_large(inputs) else [_half, _smaller, _larger]
+    scales = [_half, _smaller] if has_volumes(inputs) else [_half, _smaller, _larger]
     return [x for scale in scales if (x := _resized(inputs, scale)) is not None]
 
 
-def is_large(inputs: Any) -> bool:
+def has_volumes(inputs: Any) -> bool:
     """Whether there are volumes: one of them at a time is enough."""
     return any(x.dim() > 4 for x in flatten_tensors(inputs))
 

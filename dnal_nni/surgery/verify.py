@@ -20,7 +20,7 @@ from ..modules.running import FORWARD_ERRORS, clone, raised_in, twin
 from .compare import Comparison, example_like, outputs, responds, unmoved
 from .inject import attach
 from .precise import in_dtype
-from .sizes import is_large, numel, other_sizes
+from .sizes import has_volumes, numel, other_sizes
 from .slim import Keep, slim_twin
 
 SECONDS = 60.0  # limit of all comparisons, where none is given
@@ -153,9 +153,9 @@ class _Verification:
 
     def _take_form(self, dtype: torch.dtype) -> None:
         self.form, self.dtype = _perturbed(self.model, dtype), dtype
-        self.full = example_like(self.dummy_input, dtype, least=2 if is_large(self.dummy_input) else 3)
+        self.full = example_like(self.dummy_input, dtype, least=2 if has_volumes(self.dummy_input) else 3)
         self.others = other_sizes(self.full)  # those that may do as a second size
-        if self.others and is_large(self.dummy_input):  # several examples are seen there
+        if self.others and has_volumes(self.dummy_input):  # several examples are seen there
             self.full = example_like(self.dummy_input, dtype, least=1)
         self.comparison: Comparison | None = None
 
@@ -203,7 +203,7 @@ class _Verification:
             del self.others[0]
             while self.others and not self._runs(self.others[0]):
                 del self.others[0]
-            if not self.others and is_large(self.dummy_input):
+            if not self.others and has_volumes(self.dummy_input):
                 self.full = example_like(self.dummy_input, self.dtype, least=2)
         elif self.dtype is torch.float64:
             self._take_form(torch.float32)

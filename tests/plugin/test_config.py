@@ -86,6 +86,9 @@ def test_coupled_layers_keep_multiples_of_each_number(small: nn.Module, x: Tenso
     config = [entry("stem", channel_multiple=2), entry("conv2", channel_multiple=3), entry("conv1")]
     pruner = DNALPruner(small, config, dummy_input=x, budget=Budget(flops=0.6), channel_multiple=4)
     assert pruner.plan.limits.multiples == [6, 4]
+    config = [entry("conv1", channel_multiple=8), entry("last")]
+    with pytest.raises(DNALError, match="cannot be reached: with what channel_multiple=8 keeps"):
+        DNALPruner(type(small)(), config, dummy_input=x, budget=Budget(flops=0.2), channel_multiple=1)
 
 
 def test_limits_clip_a_ratio(small: nn.Module, x: Tensor, batches: Batches) -> None:

@@ -191,6 +191,14 @@ def test_zero_losses_have_an_order_without_nan() -> None:
     assert worth(torch.zeros(5).double(), torch.ones(5), [2, 3], [True, False]).tolist() == [0.0] * 5
 
 
+def of_labels(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def of_a_weight(model: nn.Module, batch: Any) -> Tensor:
+    return model.head.weight.square().sum()
+
+
 class Ways(nn.Module):
     """A stem, a block beside its shortcut, two layers whose channels are concatenated, and one that reads them."""
 
@@ -215,15 +223,30 @@ def test_past_which_groups_nothing_leads(form: str) -> None:
     batches: list[Any] = list(x.split(1)) if form == "one of one" else [x]
     run: Callable[[nn.Module, Any], Any] = call
     if form == "with labels":
-        batches, run = [(x, torch.arange(6) % 3)], lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+        batches, run = [(x, torch.arange(6) % 3)], of_labels
     if form == "a loss without the model":
-        run = lambda model, batch: model.head.weight.square().sum()  # noqa: E731
+        run = of_a_weight
     found = sole_ways(model, session.plan.active, list(session.gates.values()), batches, run)
     sole = {group.name for group, alone in zip(session.plan.active, found) if alone}
     assert sole == (set() if form == "a loss without the model" else {"stem", "neck"})
     assert model.training and not model._forward_hooks
     with torch.no_grad():
         assert torch.equal(model(x), Ways()(x))  # with all gates open
+
+
+def test_a_model_that_insists_on_what_a_closed_group_gives() -> None:
+    class Insists(Ways):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            assert bool(x.any())
+            return self.head(F.relu(self.inner(x)))
+
+    model, x = Insists(), torch.randn(6, 6)
+    session = session_of(model, x[:1], 0.3)
+    sole = sole_ways(model, session.plan.active, list(session.gates.values()), [x])
+    assert dict(zip(session.gates, sole))["stem"] is False
+    session.choose(batches=[x])
+    session.speedup()
 
 
 @pytest.mark.parametrize("budget, times", [(0.6, 1), (0.5, 1), (0.3, 2)])
@@ -257,7 +280,7 @@ def test_batches_of_every_form_are_weighed_twice(form: str) -> None:
         batches = [{"input": x} for x in batches]
     if form == "with labels":
         batches = list(zip(batches, labels.split(32)))
-        loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+        loss = of_labels
     session = session_of(model, images[:1], 0.1)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     chance = torch.get_rng_state()
